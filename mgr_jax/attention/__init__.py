@@ -1,0 +1,87 @@
+"""The registry of mechanisms. A new one is its own file and one line in `_RECORDS`."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from mgr_jax.attention import standard
+from mgr_jax.attention.mechanism import Context, Mechanism
+from mgr_jax.config import GPTConfig, Item, build_options, config_problems, layer_items, nearest
+from mgr_jax.problems import Problem, UserError, raise_if_any
+
+_RECORDS = (standard.MECHANISM,)
+
+REGISTRY: dict[str, Mechanism] = {record.name: record for record in _RECORDS}
+
+
+class Layer(NamedTuple):
+  """One layer's mechanism and its options."""
+
+  mechanism: Mechanism
+  options: Any
+
+
+def attention_names() -> tuple[str, ...]:
+  """Names of all registered mechanisms."""
+  return tuple(REGISTRY)
+
+
+def resolve(cfg: GPTConfig) -> tuple[Layer, ...]:
+  """The mechanism and options of each of `cfg.n_layer` layers.
+
+  Raises:
+    UserError: unknown names (with the nearest match), bad options, options that do not fit the configuration.
+  """
+  problems, layers = {}, []
+  for item in layer_items(cfg.attention, cfg.n_layer):
+    try:
+      layers.append(_look_up(item, cfg.attention))
+      layers[-1].mechanism.param_specs(cfg, layers[-1].options)
+    except ValueError as e:
+      problems |= dict.fromkeys(_problems_of(e, item))
+  raise_if_any(problems)
+  return tuple(layers)
+
+
+def _look_up(item: Item, attention: str) -> Layer:
+  record = REGISTRY.get(item.name)
+  if record is None:
+    hint = f"{nearest(item.name, attention_names())}known names: {', '.join(attention_names())}"
+    raise UserError(Problem(f"unknown attention {item.name!r} in --attention={attention!r}", hint))
+  if item.inner is not None:
+    raise UserError(
+      Problem(f"{item.name} is not a wrapper, but {item} gives it {item.inner}", f"write {item.name}(option=value)")
+    )
+  return Layer(record, build_options(record.options, item.options, item.name))
+
+
+def _problems_of(e: ValueError, item: Item) -> tuple[Problem, ...]:
+  if isinstance(e, UserError):
+    return e.problems
+  return (Problem(f"--attention item {item}: {e}", f"python -m demos info {item.name} lists options and ranges"),)
+
+
+def model_problems(cfg) -> list[Problem]:
+  """Every problem of a `GPTConfig`, or of any object with its fields, found without building anything.
+
+  Whether options fit the head sizes can only be asked once the sizes themselves are sound.
+  """
+  found = dict.fromkeys(config_problems(cfg))
+  try:
+    items = layer_items(cfg.attention, max(1, cfg.n_layer))
+  except UserError:
+    return list(found)
+  for item in items:
+    try:
+      _look_up(item, cfg.attention)
+    except ValueError as e:
+      found |= dict.fromkeys(_problems_of(e, item))
+  if not found:
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}
+    try:
+      resolve(GPTConfig(**fields))
+    except UserError as e:
+      found |= dict.fromkeys(e.problems)
+  return list(found)
+
+
+__all__ = ["REGISTRY", "Context", "Layer", "Mechanism", "attention_names", "model_problems", "resolve"]

@@ -1,0 +1,115 @@
+"""Claims: one mathematical statement with its check, tolerance and negative control.
+
+A claim is written once and run by three callers: the demo (with its story), the test suite, and `--certify` at the
+start of a training run.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import chex
+import jax
+
+from mgr_jax.params import fold_in_name
+
+Check = Callable[[jax.Array, int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A statement that is measured, never asserted by hand.
+
+  Args:
+    name: stable dotted name, `<mechanism>.<law>`.
+    statement: one sentence with the formula.
+    check: `(key, scale) -> residual`; raises `AssertionError` through chex when the residual exceeds `tolerance`.
+      `scale` multiplies the number of sampled cases (1 is the quick size).
+    tolerance: the largest residual accepted; dimensionless unless the statement says otherwise.
+    negative_control: the same measurement on a deliberately broken object. It must raise `AssertionError`.
+    refs: papers.
+  """
+
+  name: str
+  statement: str
+  check: Check
+  tolerance: float
+  negative_control: Check
+  refs: tuple[str, ...] = ()
+
+
+def claim(
+  name: str,
+  statement: str,
+  measure: Check,
+  tolerance: float,
+  broken: Check,
+  refs: tuple[str, ...] = (),
+) -> Claim:
+  """Builds a `Claim` from two measurements: of the real object and of a broken one.
+
+  Both go through the same chex assertion, residual <= tolerance; a NaN never passes.
+  """
+
+  def asserted(residual_of: Check) -> Check:
+    def check(key: jax.Array, scale: int) -> float:
+      residual = float(residual_of(key, scale))
+      _assert_within(name, residual, tolerance)
+      return residual
+
+    return check
+
+  return Claim(name, statement, asserted(measure), tolerance, asserted(broken), refs)
+
+
+def _assert_within(name: str, residual: float, tolerance: float) -> None:
+  if math.isnan(residual):
+    raise AssertionError(f"{name}: residual is NaN")
+  try:
+    chex.assert_scalar_in(residual, -math.inf, tolerance)
+  except AssertionError as e:
+    raise AssertionError(f"{name}: residual {residual:.3g} exceeds tolerance {tolerance:.3g}") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class ClaimResult:
+  """Outcome of one claim. `holds` needs both: the law passed and its broken twin was caught."""
+
+  name: str
+  statement: str
+  residual: float | None
+  tolerance: float
+  passed: bool
+  control_caught: bool
+  seconds: float
+  message: str = ""
+
+  @property
+  def holds(self) -> bool:
+    return self.passed and self.control_caught
+
+
+def run_claims(claims: Iterable[Claim], key: jax.Array, scale: int = 1) -> list[ClaimResult]:
+  """Runs every claim and its negative control; each gets a key folded from its own name.
+
+  Returns one `ClaimResult` per claim, in order. A failed claim is a result, not an exception; any exception other than
+  `AssertionError` is a defect of the check itself and propagates.
+  """
+  return [_run(c, fold_in_name(key, c.name), scale) for c in claims]
+
+
+def _run(c: Claim, key: jax.Array, scale: int) -> ClaimResult:
+  start = time.perf_counter()
+  residual, passed, message = None, True, ""
+  try:
+    residual = float(c.check(key, scale))
+  except AssertionError as e:
+    passed, message = False, str(e)
+  try:
+    c.negative_control(key, scale)
+    caught = False
+    message = "; ".join(filter(None, [message, f"{c.name}: the negative control passed the check"]))
+  except AssertionError:
+    caught = True
+  return ClaimResult(c.name, c.statement, residual, c.tolerance, passed, caught, time.perf_counter() - start, message)

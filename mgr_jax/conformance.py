@@ -1,0 +1,329 @@
+"""Conformance claims: what every mechanism must satisfy, built from its record and a configuration alone.
+
+Each claim runs a tiny copy of the model with the same attention pattern. All parameters get noise, so that
+zero-initialised output projections hide nothing.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgr_jax.attention import REGISTRY
+from mgr_jax.claims import Claim, claim
+from mgr_jax.config import GPTConfig, Item, parse_attention
+from mgr_jax.model import gpt
+from mgr_jax.params import fold_in_name
+
+VOCAB = 97
+
+
+def tiny(cfg: GPTConfig, seq_len: int = 21, n_layer: int | None = None) -> GPTConfig:
+  """The same attention pattern at toy size: head size 8, at most two query heads per key/value head."""
+  pattern = len(parse_attention(cfg.attention))
+  repeats = min(2, cfg.n_head // cfg.n_kv_head)
+  return dataclasses.replace(
+    cfg,
+    vocab_size=VOCAB,
+    seq_len=seq_len,
+    n_layer=n_layer or max(pattern, 1),
+    n_head=2 * repeats,
+    n_kv_head=2,
+    n_embd=16 * repeats,
+    mlp_ratio=2.0,
+    compute_dtype="float32",
+    remat="none",
+    loss_chunk=0,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _initial(key, cfg):
+  return gpt.init(key, cfg)
+
+
+def _rng(key: jax.Array, name: str) -> np.random.Generator:
+  """NumPy noise: drawing many small arrays through JAX would cost a compilation per shape."""
+  return np.random.default_rng(np.asarray(jax.random.key_data(fold_in_name(key, name))))
+
+
+def noisy_params(key: jax.Array, cfg: GPTConfig):
+  """Initial parameters plus N(0, 0.1²), so that no path through the model is switched off."""
+  rng = _rng(key, "noise")
+  return jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), _initial(key, cfg))
+
+
+def tokens_of(key: jax.Array, batch: int, length: int) -> np.ndarray:
+  """Uniform random token ids, int32."""
+  return _rng(key, "tokens").integers(0, VOCAB, (batch, length), np.int32)
+
+
+def largest(a, b) -> float:
+  """Largest absolute difference of two equally shaped trees; NaN where either is NaN."""
+  differences = jax.tree.map(lambda x, y: np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))), a, b)
+  return float(max(jax.tree.leaves(differences)))
+
+
+def relative(a, b) -> float:
+  """`largest` divided by the largest size in `b`, leaf by leaf; the worst leaf counts."""
+  ratio = lambda x, y: largest(x, y) / max(float(np.max(np.abs(np.asarray(y, np.float64)))), 1e-6)
+  return max(jax.tree.leaves(jax.tree.map(ratio, a, b)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _logits(params, tokens, cfg):
+  return gpt.forward(params, tokens, cfg)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 4))
+def _decode(params, tokens, cfg, state, padded=False, valid=None):
+  return gpt.decode(params, tokens, state, cfg, valid if padded else None)
+
+
+def _leaky_logits(params, tokens, cfg):
+  """A non-causal model: the forward pass over the sequence read backwards."""
+  return _logits(params, tokens[:, ::-1], cfg)[:, ::-1]
+
+
+def causal_values(cfg: GPTConfig, logits_fn=_logits):
+  """Largest change of any logit before position j when the tokens from j on are replaced; 0 is exact causality."""
+
+  def measure(key, scale):
+    worst = 0.0
+    for case in range(scale):
+      key_case = jax.random.fold_in(key, case)
+      params = noisy_params(key_case, cfg)
+      tokens = tokens_of(key_case, 2, cfg.seq_len)
+      other = tokens_of(fold_in_name(key_case, "other"), 2, cfg.seq_len)
+      before = logits_fn(params, tokens, cfg)
+      for j in sorted({1, cfg.seq_len // 3, cfg.seq_len - 2} - {0, -1}):
+        after = logits_fn(params, np.concatenate([tokens[:, :j], other[:, j:]], 1), cfg)
+        worst = max(worst, largest(after[:, :j], before[:, :j]))
+    return worst
+
+  return measure
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _influence(params, x_1TC, t, cfg):
+  """Size of ∂ output_t / ∂ input_s for every s, where x enters in place of the embedding."""
+
+  def output_at_t(x):
+    ctx = gpt.context(jnp.arange(cfg.seq_len)[None, :], cfg)
+    y, _ = gpt.stack.forward(params["runs"], x, ctx, cfg)
+    return jnp.sum(jnp.sin(y[0, t]))
+
+  return jnp.max(jnp.abs(jax.grad(output_at_t)(x_1TC)), axis=(0, 2))
+
+
+def causal_gradient(cfg: GPTConfig, reverse: bool = False):
+  """Largest |∂ output_t / ∂ input_s| over s > t (must be 0); infinite when no past token has any influence.
+
+  `reverse` measures the model that reads the sequence backwards.
+  """
+
+  def measure(key, scale):
+    del scale
+    x = _rng(key, "x").standard_normal((1, cfg.seq_len, cfg.n_embd), np.float32)
+    t = cfg.seq_len // 2
+    size = np.asarray(_influence(noisy_params(key, cfg), x, t, cfg))
+    past, future = size[:t], size[t + 1 :]
+    if reverse:
+      past, future = future, past
+    return float(np.max(future)) if np.max(past) > 1e-8 else float("inf")
+
+  return measure
+
+
+def prefix_consistency(cfg: GPTConfig, broken: bool = False):
+  """Largest difference between f(x[:t]) and f(x)[:t]; catches any use of the total length."""
+
+  def measure(key, scale):
+    del scale
+    params, tokens = noisy_params(key, cfg), tokens_of(key, 2, cfg.seq_len)
+    whole = _logits(params, tokens, cfg)
+    worst = 0.0
+    for t in (1, cfg.seq_len // 2, cfg.seq_len - 1):
+      part = _logits(params, tokens[:, :t], cfg)
+      worst = max(worst, largest(part / np.sqrt(t) ** broken, whole[:, :t] / np.sqrt(cfg.seq_len) ** broken))
+    return worst
+
+  return measure
+
+
+def decode_parity(cfg: GPTConfig, broken: bool = False):
+  """Largest difference between `forward` and `decode`, fed rows of different length in pieces, at every position."""
+
+  def measure(key, scale):
+    del scale
+    T = cfg.seq_len
+    params, tokens = noisy_params(key, cfg), tokens_of(key, 2, T)
+    whole = np.asarray(_logits(params, tokens, cfg))
+    # The rows disagree on how much of the first piece is real: padding must leave no trace in the state.
+    first = T // 2
+    lengths = np.array([first, first - 3])
+    padded = np.where(np.arange(first) < lengths[:, None], tokens[:, :first], 0).astype(np.int32)
+    valid = np.arange(first) < (first if broken else lengths[:, None])
+    valid = np.broadcast_to(valid, (2, first))
+    logits, state = _decode(params, padded, cfg, gpt.init_state(cfg, 2, T), True, valid)
+    worst = max(largest(logits[row, :n], whole[row, :n]) for row, n in enumerate(lengths))
+    at = lengths.copy()
+    while at.max() < T:
+      piece = 1 if at.max() > first + 3 or at.max() + 3 > T else 3
+      new = np.stack([tokens[row, at[row] : at[row] + piece] for row in range(2)])
+      logits, state = _decode(params, new, cfg, state)
+      worst = max([worst] + [largest(logits[row], whole[row, at[row] : at[row] + piece]) for row in range(2)])
+      at += piece
+    return worst
+
+  return measure
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _value_and_gradient(params, tokens, segment_ids, cotangent, cfg):
+  """Logits and the gradient of <logits, cotangent>: one random direction that exercises every output."""
+  logits, pull = jax.vjp(lambda p: gpt.forward(p, tokens, cfg, segment_ids=segment_ids)[0], params)
+  return logits, pull(cotangent)[0]
+
+
+def packed_documents(cfg: GPTConfig, broken: bool = False):
+  """Largest difference between packed documents and the same documents alone: logits, and relative gradients."""
+
+  def measure(key, scale):
+    del scale
+    T, cut = cfg.seq_len, cfg.seq_len // 3
+    params, tokens = noisy_params(key, cfg), tokens_of(key, 1, T)
+    cotangent = _rng(key, "cotangent").standard_normal((1, T, VOCAB), np.float32)
+    segments = np.where(np.arange(T) < (0 if broken else cut), 1, 2)[None, :].astype(np.int32)
+    # The two documents alone, as two rows; the shorter one is followed by padding that causality makes irrelevant.
+    fill = lambda a: np.pad(a, [(0, 0), (0, T - cut - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+    rows = lambda a: np.concatenate([fill(a[:, :cut]), a[:, cut:]])
+    packed, packed_grad = _value_and_gradient(params, tokens, segments, cotangent, cfg)
+    alone, alone_grad = _value_and_gradient(params, rows(tokens), None, rows(cotangent), cfg)
+    return max(
+      largest(rows(packed)[:, :cut], alone[:, :cut]),
+      largest(packed[0, cut:], alone[1]),
+      relative(packed_grad, alone_grad),
+    )
+
+  return measure
+
+
+def grouped_heads(cfg: GPTConfig, broken: bool = False):
+  """Largest difference between grouped key/value heads and the same heads repeated for every query head."""
+
+  def measure(key, scale):
+    del scale
+    grouped = dataclasses.replace(cfg, n_head=4, n_kv_head=2, n_embd=32)
+    repeated = dataclasses.replace(grouped, n_kv_head=4)
+    params, tokens = noisy_params(key, grouped), tokens_of(key, 2, cfg.seq_len)
+    axes = jax.tree.map(lambda spec: spec.axes, gpt.specs(grouped), is_leaf=gpt.is_spec)
+
+    def expand(p, names):
+      if "kv_heads" not in names:
+        return p
+      axis = names.index("kv_heads")
+      out = np.repeat(p, 2, axis=axis)
+      return np.roll(out, 1, axis=axis) if broken else out
+
+    wide = jax.tree.map(expand, params, axes)
+    return largest(_logits(params, tokens, grouped), _logits(wide, tokens, repeated))
+
+  return measure
+
+
+def reference_pattern(attention: str) -> str:
+  """The grammar with `impl=reference` forced on every item."""
+
+  def force(item: Item) -> Item:
+    inner = force(item.inner) if item.inner else None
+    options = tuple(o for o in item.options if o[0] != "impl")
+    forced = (("impl", "reference"),) if item.name in REGISTRY else ()
+    return Item(item.name, options + forced, inner)
+
+  return ",".join(str(force(item)) for item in parse_attention(attention))
+
+
+def fast_equals_reference(cfg: GPTConfig, broken: bool = False):
+  """Largest difference of fast and reference implementation: logits absolute, parameter gradients relative."""
+  reference = dataclasses.replace(cfg, attention=reference_pattern(cfg.attention))
+
+  def measure(key, scale):
+    del scale
+    params, tokens = noisy_params(key, cfg), tokens_of(key, 2, cfg.seq_len)
+    cotangent = _rng(key, "cotangent").standard_normal((2, cfg.seq_len, VOCAB), np.float32)
+    other = jax.tree.map(lambda p: p * 1.01, params) if broken else params
+    fast, fast_grad = _value_and_gradient(other, tokens, None, cotangent, cfg)
+    slow, slow_grad = _value_and_gradient(params, tokens, None, cotangent, reference)
+    return max(largest(fast, slow), relative(fast_grad, slow_grad))
+
+  return measure
+
+
+def quick_claims(cfg: GPTConfig) -> tuple[Claim, ...]:
+  """Exact causality and decode parity of `cfg`'s attention pattern on a tiny copy: seconds, for every training run."""
+  small = tiny(cfg)
+  name = f"conformance[{cfg.attention}]"
+  return (
+    claim(
+      f"{name}.causal_values",
+      "logits before j do not change, bit for bit, when tokens from j on are replaced",
+      causal_values(small),
+      0.0,
+      causal_values(small, _leaky_logits),
+    ),
+    claim(
+      f"{name}.decode_parity",
+      "decoding in pieces, rows of different length, gives the logits of the whole forward pass at every position",
+      decode_parity(small),
+      1e-4,
+      decode_parity(small, broken=True),
+    ),
+  )
+
+
+def conformance_claims(cfg: GPTConfig, seq_len: int = 21) -> tuple[Claim, ...]:
+  """All conformance claims of `cfg`'s attention pattern on a tiny copy with `seq_len` tokens."""
+  small = tiny(cfg, seq_len)
+  long = tiny(cfg, 150)
+  name = f"conformance[{cfg.attention}]"
+  return (
+    *quick_claims(cfg),
+    claim(
+      f"{name}.causal_gradient",
+      "∂ output_t / ∂ input_s = 0 for every s > t, and not for all s < t",
+      causal_gradient(small),
+      0.0,
+      causal_gradient(small, reverse=True),
+    ),
+    claim(
+      f"{name}.prefix_consistency",
+      "f(x[:t]) = f(x)[:t] for every t",
+      prefix_consistency(small),
+      5e-5,
+      prefix_consistency(small, broken=True),
+    ),
+    claim(
+      f"{name}.packed_documents",
+      "packed documents equal separate documents, in value and gradient",
+      packed_documents(small),
+      2e-4,
+      packed_documents(small, broken=True),
+    ),
+    claim(
+      f"{name}.grouped_heads",
+      "grouped key/value heads equal the same heads repeated",
+      grouped_heads(small),
+      5e-5,
+      grouped_heads(small, broken=True),
+    ),
+    claim(
+      f"{name}.fast_equals_reference",
+      "the fast implementation equals the reference in value and gradient, over several tiles",
+      fast_equals_reference(long),
+      5e-4,
+      fast_equals_reference(long, broken=True),
+    ),
+  )
