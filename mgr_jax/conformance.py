@@ -265,7 +265,7 @@ def fast_equals_reference(cfg: GPTConfig, broken: bool = False):
 def quick_claims(cfg: GPTConfig) -> tuple[Claim, ...]:
   """Exact causality and decode parity of `cfg`'s attention pattern on a tiny copy: seconds, for every training run."""
   small = tiny(cfg)
-  name = f"conformance[{cfg.attention}]"
+  name = cfg.attention
   return (
     claim(
       f"{name}.causal_values",
@@ -288,7 +288,7 @@ def conformance_claims(cfg: GPTConfig, seq_len: int = 21) -> tuple[Claim, ...]:
   """All conformance claims of `cfg`'s attention pattern on a tiny copy with `seq_len` tokens."""
   small = tiny(cfg, seq_len)
   long = tiny(cfg, 150)
-  name = f"conformance[{cfg.attention}]"
+  name = cfg.attention
   return (
     *quick_claims(cfg),
     claim(

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgr_jax.attention.mechanism import Context, qkv_mechanism
+from mgr_jax.attention.mechanism import Context, qkv_mechanism, rope_tables, rotate
 from mgr_jax.attention.tiles import TILE, join_tiles, pad_to, padded_length, spans, split_tiles, visible
+from mgr_jax.claims import claim
 from mgr_jax.flops import Cost
 
 
@@ -203,6 +204,50 @@ def mix_cost(cfg, opts: Options, T: int) -> Cost:
   return Cost(matmul=4.0 * keys * width, vector=3.0 * keys * cfg.n_head, exp=keys * cfg.n_head, bytes=cache * keys)
 
 
+def _draw(key, T: int = 70):
+  """Random q, k, v [1, T, 2, 8] with unit-variance entries."""
+  return tuple(jax.random.normal(k, (1, T, 2, 8)) for k in jax.random.split(key, 3))
+
+
+def _constant_values(key, scale: int, weight: float = 1.0) -> float:
+  """Largest deviation from 1 when every value is 1."""
+  del scale
+  q, k, v = _draw(key)
+  out, _ = mix(q, k, weight * jnp.ones_like(v), {}, Context(jnp.arange(70)[None, :]), None, Options(qk_norm=False))
+  return float(jnp.max(jnp.abs(out - 1)))
+
+
+def _shifted_positions(key, scale: int, stretch: int = 1) -> float:
+  """Largest change of the output when all positions move by 1000 (and are multiplied by `stretch`)."""
+  del scale
+  q, k, v = _draw(key)
+
+  def out(positions):
+    rope = rope_tables(positions[None, :], 8, 10000.0)
+    return mix(rotate(q, rope), rotate(k, rope), v, {}, Context(positions[None, :]), None, Options(qk_norm=False))[0]
+
+  return float(jnp.max(jnp.abs(out(jnp.arange(70)) - out(1000 + stretch * jnp.arange(70)))))
+
+
+CLAIMS = (
+  claim(
+    "standard.convex_weights",
+    "the weights of every query sum to one: constant values come back unchanged",
+    _constant_values,
+    1e-6,
+    lambda key, scale: _constant_values(key, scale, weight=1.01),
+  ),
+  claim(
+    "standard.relative_positions",
+    "with rotary embedding, adding one number to all positions changes no output",
+    _shifted_positions,
+    5e-4,
+    lambda key, scale: _shifted_positions(key, scale, stretch=2),
+    refs=("Su et al., 2021, arXiv 2104.09864",),
+  ),
+)
+
+
 MECHANISM = qkv_mechanism(
   name="standard",
   options=Options,
@@ -210,6 +255,7 @@ MECHANISM = qkv_mechanism(
   mix_cached=mix_cached,
   mix_cost=mix_cost,
   qk_norm=lambda opts: opts.qk_norm,
+  claims=CLAIMS,
   refs=("Vaswani et al., 2017, arXiv 1706.03762", "Dao et al., 2022, arXiv 2205.14135 (tiling; not its GPU kernel)"),
   variants=("standard", "standard(window=7)", "standard(qk_norm=false)"),
 )

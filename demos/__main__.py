@@ -1,0 +1,291 @@
+"""Shows each framework's mathematics: its story, its claims with their negative controls, its plots.
+
+  python -m demos list                  what there is
+  python -m demos info NAME             claims, options, papers; runs nothing
+  python -m demos run NAME              story, claims, plots
+  python -m demos run-all               the same for every demo
+  python -m demos check [NAME ...]      claims only, one line each
+
+Exit code 0 when every claim holds and every negative control is caught, 1 otherwise, 2 for a mistake in the command.
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import os
+import pathlib
+import sys
+import textwrap
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from demos import demo as demo_lib
+from mgr_jax.claims import Claim, ClaimResult, run_claims
+from mgr_jax.config import nearest
+from mgr_jax.params import fold_in_name
+from mgr_jax.problems import Problem, UserError
+from train import cli
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_integer("seed", 0, "Seed of every sampled case.", flag_values=FLAGS)
+flags.DEFINE_integer("scale", 1, "Multiplies the number of sampled cases.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("plots", None, "Write the plots into this folder, as png and pdf.", flag_values=FLAGS)
+flags.DEFINE_string("export_json", None, "Write the results to this file.", flag_values=FLAGS)
+flags.DEFINE_alias("json", "export_json", flag_values=FLAGS)
+flags.DEFINE_boolean("verbose", False, "Also print each claim's statement, seconds and papers.", flag_values=FLAGS)
+
+_RUNS = ("seed", "scale", "export_json", "json", "verbose")
+_COMMANDS = {"list": (), "info": (), "run": (*_RUNS, "plots"), "run-all": (*_RUNS, "plots"), "check": _RUNS}
+_USAGE = "python -m demos list | info NAME | run NAME | run-all | check [NAME ...]"
+_VERDICTS = ("holds", "violated", "vacuous", "error")
+_WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A claim's outcome. `crash` is the exception of a check that broke instead of answering."""
+
+  result: ClaimResult
+  crash: str = ""
+
+  @property
+  def verdict(self) -> str:
+    """`vacuous`: the law passed, and so did its broken twin, so the check proves nothing."""
+    if self.crash:
+      return "error"
+    if self.result.holds:
+      return "holds"
+    return "vacuous" if self.result.passed else "violated"
+
+  @property
+  def control(self) -> str:
+    if self.crash:
+      return "not run"
+    return "caught" if self.result.control_caught else "not caught"
+
+
+def run_claim(claim: Claim, key: jax.Array, scale: int) -> Row:
+  """Runs one claim; a check that breaks becomes a row of its own, so the others still run."""
+  start = time.perf_counter()
+  try:
+    return Row(run_claims([claim], key, scale)[0])
+  except Exception as e:
+    first_line = next(iter(str(e).splitlines()), "")
+    message = f"{claim.name}: {type(e).__name__}: {first_line}"
+    seconds = time.perf_counter() - start
+    result = ClaimResult(claim.name, claim.statement, None, claim.tolerance, False, False, seconds, message)
+    return Row(result, traceback.format_exc())
+
+
+def main(argv: list[str]) -> int:
+  command, demos = _parse(argv[1:])
+  if command == "list":
+    return _list(demos)
+  if command == "info":
+    return _info(demos[0])
+  plots, report = _destinations(demos)
+  started, sections = time.perf_counter(), []
+  width = max([len(claim.name) for demo in demos for claim in demo.claims], default=0)
+  for demo in demos:
+    sections.append(_run(demo, width, quiet=command == "check", plots=plots))
+  counts = Counter(row.verdict for _, rows, _ in sections for row in rows)
+  broken = sum(counts.values()) - counts["holds"]
+  tally = ", ".join(f"{counts[v]} {_painted(v, v)}" for v in _VERDICTS if counts[v]) or "no claims"
+  print(f"{'' if command == 'check' else chr(10)}{tally} in {time.perf_counter() - started:.0f} s")
+  if report is not None:
+    report.write_text(json.dumps(_document(command, sections, counts), indent=2, allow_nan=False) + "\n")
+    print(f"wrote {report}")
+  return 1 if broken else 0
+
+
+def _parse(words: Sequence[str]) -> tuple[str, list[demo_lib.Demo]]:
+  """The command and its demos. Raises one `UserError` with every mistake in the command line."""
+  if not words:
+    raise UserError(Problem("no command", _USAGE))
+  command, *wanted = words
+  if command not in _COMMANDS:
+    raise UserError(Problem(f"unknown command {command!r}", f"{nearest(command, tuple(_COMMANDS))}{_USAGE}"))
+  problems = [
+    Problem(f"--{name} has no effect on {command}", f"leave it out, or use it with {_users(name)}")
+    for name in ("plots", *_RUNS)
+    if not FLAGS[name].using_default_value and name not in _COMMANDS[command] and name != "json"
+  ]
+  if command in ("info", "run") and len(wanted) != 1:
+    problems.append(Problem(f"{command} takes one name, got {len(wanted)}", f"python -m demos {command} braid"))
+  if command in ("list", "run-all") and wanted:
+    problems.append(Problem(f"{command} takes no name, got {' '.join(wanted)}", f"python -m demos {command}"))
+  demos = []
+  for name in dict.fromkeys(wanted) if command in ("info", "run", "check") and wanted else demo_lib.names():
+    try:
+      demos.append(demo_lib.get(name))
+    except UserError as e:
+      problems += e.problems
+  if problems:
+    raise UserError(*problems)
+  return command, demos
+
+
+def _users(flag: str) -> str:
+  return " or ".join(command for command, accepted in _COMMANDS.items() if flag in accepted)
+
+
+def _destinations(demos: Sequence[demo_lib.Demo]) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+  """Where plots and results go, checked before anything runs."""
+  problems, plots, report = [], None, None
+  if FLAGS.plots is not None:
+    plots = pathlib.Path(FLAGS.plots)
+    if importlib.util.find_spec("matplotlib") is None:
+      problems.append(Problem("--plots needs matplotlib, which is not installed", "pip install -e '.[plot]'"))
+    if not any(demo.plots for demo in demos):
+      who = ", ".join(demo.name for demo in demos)
+      problems.append(Problem(f"--plots has no effect: {who} draws none", "leave it out"))
+    if not problems and not _makes_folder(plots):
+      problems.append(Problem(f"--plots={plots} cannot be made a folder", "--plots=plots"))
+  if FLAGS.export_json is not None:
+    report = pathlib.Path(FLAGS.export_json)
+    if report.is_dir() or not _makes_folder(report.parent):
+      problems.append(Problem(f"cannot write results to {report}", "--export_json=claims.json"))
+  if problems:
+    raise UserError(*problems)
+  return plots, report
+
+
+def _makes_folder(path: pathlib.Path) -> bool:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return False
+  return os.access(path, os.W_OK)
+
+
+def _list(demos: Sequence[demo_lib.Demo]) -> int:
+  width = max(len(demo.name) for demo in demos)
+  for demo in demos:
+    plots = f"{len(demo.plots)} plot{'s' * (len(demo.plots) != 1)}"
+    line = f"{demo.name:<{width}}  {len(demo.claims):3d} claims  {plots:<7}  {demo.summary}"
+    print(line if len(line) <= _WIDTH else line[: _WIDTH - 4] + " ...")
+  return 0
+
+
+def _info(demo: demo_lib.Demo) -> int:
+  print(_wrapped(f"{demo.name}: {demo.summary}", ""))
+  if demo.options is not None:
+    fields = (f"{f.name}={f.default}" for f in dataclasses.fields(demo.options))
+    _paragraph("defaults", f"{demo.name}({', '.join(fields)})")
+    print("\n" + textwrap.indent(inspect.getdoc(demo.options) or "", "  "))
+  print("\nclaims" if demo.claims else "\nno claims")
+  for claim in demo.claims:
+    print(f"  {claim.name}  (tolerance {_number(claim.tolerance)})")
+    print(_wrapped(claim.statement, "      "))
+  _paragraph("plots", ", ".join(plot.__name__ for plot in demo.plots))
+  _paragraph("papers", "; ".join(demo.refs))
+  return 0
+
+
+def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | None):
+  """Prints one demo as it runs, claim names padded to `width`; returns it with its rows and the plots written."""
+  key = jax.random.key(FLAGS.seed)
+  if not quiet:
+    title = _wrapped(f"{demo.name}: {demo.summary}", "")
+    print(f"\n{_painted(demo.name, 'title')}{title.removeprefix(demo.name)}\n")
+    story = demo.story(fold_in_name(key, demo.name))
+    if story:
+      print(story.strip("\n") + "\n")
+  if not quiet and demo.claims:
+    print(f"{'claim':<{width}}  {'measured':>9}  {'tolerance':>9}  verdict   negative control")
+  rows = []
+  for claim in demo.claims:
+    row = run_claim(claim, key, FLAGS.scale)
+    rows.append(row)
+    _print_row(row, claim, width)
+  for row in rows:
+    if row.verdict != "holds":
+      replay = f"python -m demos run {demo.name} --seed={FLAGS.seed} --scale={FLAGS.scale} --verbose"
+      print(_wrapped(f"{row.verdict}: {row.result.message}", "", "  "))
+      print(f"  replay: {replay}")
+  written = []
+  for plot in demo.plots if plots is not None else ():
+    figure = plot(fold_in_name(key, plot.__name__))
+    for suffix in ("png", "pdf"):
+      path = plots / f"{demo.name}_{plot.__name__}.{suffix}"
+      figure.savefig(path, dpi=200)
+      written.append(str(path))
+    print(f"wrote {written[-2]} and .pdf")
+  return demo, rows, written
+
+
+def _print_row(row: Row, claim: Claim, width: int) -> None:
+  result = row.result
+  numbers = f"{_number(result.residual):>9}  {_number(result.tolerance):>9}"
+  verdict = _painted(f"{row.verdict:<8}", row.verdict)
+  control = _painted(row.control, "holds" if row.control == "caught" else "violated")
+  print(f"{result.name:<{width}}  {numbers}  {verdict}  {control}", flush=True)
+  if FLAGS.verbose:
+    print(_wrapped(result.statement, "    "))
+    print(_wrapped("; ".join((f"{result.seconds:.1f} s", *claim.refs)), "    "))
+    if row.crash:
+      print(textwrap.indent(row.crash.rstrip(), "    "))
+
+
+def _document(command: str, sections, counts: Counter) -> dict:
+  """The results as strict JSON; a residual that was not measured, or is not finite, is null."""
+  return {
+    "command": command,
+    "seed": FLAGS.seed,
+    "scale": FLAGS.scale,
+    "jax": jax.__version__,
+    "backend": jax.default_backend(),
+    "counts": {verdict: counts[verdict] for verdict in _VERDICTS},
+    "demos": [
+      {"name": demo.name, "plots": plots, "claims": [_record(row) for row in rows]} for demo, rows, plots in sections
+    ],
+  }
+
+
+def _record(row: Row) -> dict:
+  result = row.result
+  finite = result.residual is not None and math.isfinite(result.residual)
+  return {
+    "claim": result.name,
+    "statement": result.statement,
+    "measured": result.residual if finite else None,
+    "tolerance": result.tolerance if math.isfinite(result.tolerance) else None,
+    "verdict": row.verdict,
+    "negative_control": row.control,
+    "seconds": round(result.seconds, 3),
+    "message": result.message,
+  }
+
+
+def _number(x: float | None) -> str:
+  if x is None:
+    return "-"
+  return "0" if x == 0 else f"{x:.3g}" if 1e-3 <= abs(x) < 1e5 else f"{x:.1e}"
+
+
+def _paragraph(title: str, text: str) -> None:
+  if text:
+    print(f"\n{title}\n{_wrapped(text, '  ')}")
+
+
+def _wrapped(text: str, first: str, rest: str | None = None) -> str:
+  return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=first if rest is None else rest)
+
+
+def _painted(text: str, role: str) -> str:
+  """Colour on a terminal only: green for what holds, red for the rest, bold for titles."""
+  if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    return text
+  code = {"holds": "32", "title": "1"}.get(role, "31")
+  return f"\033[{code}m{text}\033[0m"
+
+
+if __name__ == "__main__":
+  cli.run(main, FLAGS, max_args=1000)

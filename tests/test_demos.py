@@ -1,0 +1,289 @@
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from demos import __main__ as front_end
+from demos import braid as braid_demo
+from demos import demo as demo_lib
+from demos.demo import Demo
+from mgr_jax.algebra import braid
+from mgr_jax.algebra.braid_claims import CLAIMS
+from mgr_jax.attention import attention_names
+from mgr_jax.claims import claim
+from mgr_jax.problems import UserError
+from train import cli
+
+
+def program(*args):
+  """Runs the program in this process; returns its exit code."""
+  return cli.execute(front_end.main, ["demos", *args], front_end.FLAGS, max_args=1000)
+
+
+def planted(name="planted.law", residual=0.0, broken=1.0, tolerance=1e-6):
+  return claim(
+    name, f"{name} is at most {tolerance}", lambda k, s: residual, tolerance, lambda k, s: broken, ("Me 2020",)
+  )
+
+
+def crashing(key, scale):
+  raise ZeroDivisionError("the check itself is wrong")
+
+
+@pytest.fixture
+def demos(monkeypatch):
+  """Replaces all demos by those in the returned dict."""
+  shown = {}
+
+  def get(name):
+    if name not in shown:
+      raise UserError(demo_lib.Problem(f"no demo named {name!r}", "python -m demos list shows all"))
+    return shown[name]
+
+  monkeypatch.setattr(demo_lib, "names", lambda: tuple(shown))
+  monkeypatch.setattr(demo_lib, "get", get)
+  shown["planted"] = Demo("planted", "a law for tests", lambda key: "Once upon a time.", (planted(),))
+  return shown
+
+
+def with_claims(demos, *claims):
+  demos["planted"] = dataclasses.replace(demos["planted"], claims=claims)
+
+
+class TestVerdicts:
+  def test_law_holds_and_control_is_caught(self, demos, capsys):
+    assert program("run", "planted") == 0
+    out = capsys.readouterr().out
+    assert "Once upon a time." in out
+    assert "holds     caught" in out
+
+  def test_failing_claim(self, demos, capsys):
+    with_claims(demos, planted(), planted("planted.failing", residual=0.5))
+    for command in (("run", "planted"), ("run-all",), ("check",), ("check", "planted")):
+      assert program(*command) == 1
+      out = capsys.readouterr().out
+      assert "violated" in out
+      assert "residual 0.5 exceeds tolerance 1e-06" in out
+      assert "replay: python -m demos run planted --seed=0 --scale=1" in out
+
+  def test_control_that_passes(self, demos, capsys):
+    with_claims(demos, planted(broken=0.0))
+    assert program("check") == 1
+    out = capsys.readouterr().out
+    assert "vacuous   not caught" in out
+    assert "the negative control passed the check" in out
+
+  def test_law_and_control_that_are_both_nan(self, demos, capsys):
+    with_claims(demos, planted(residual=float("nan"), broken=float("nan")))
+    assert program("check") == 1
+    assert "violated  caught" in capsys.readouterr().out
+
+  def test_broken_check_is_an_error_and_the_others_still_run(self, demos, capsys):
+    broken = dataclasses.replace(planted("planted.crash"), check=crashing)
+    with_claims(demos, broken, planted())
+    assert program("check") == 1
+    out = capsys.readouterr().out
+    assert "ZeroDivisionError: the check itself is wrong" in out
+    assert "1 holds, 1 error" in out
+    assert "Traceback" not in out
+    assert program("check", "--verbose") == 1
+    assert "Traceback" in capsys.readouterr().out
+
+  def test_seed_and_scale_reach_the_check(self, demos):
+    seen = []
+    law = dataclasses.replace(planted(), check=lambda key, scale: float(seen.append((key, scale)) or 0))
+    with_claims(demos, law)
+    for seed in (0, 0, 5):
+      assert program("check", f"--seed={seed}", "--scale=3") == 0
+    keys = [tuple(jax.random.key_data(key).tolist()) for key, _ in seen]
+    assert keys[0] == keys[1] != keys[2]
+    assert {scale for _, scale in seen} == {3}
+
+
+class TestOutput:
+  def test_table_is_aligned_and_fits_a_hundred_columns(self, demos, capsys):
+    names = ("planted.a", "planted.a_law_with_a_rather_long_name_in_it")
+    with_claims(demos, *(planted(name, residual=r) for name, r in zip(names, (0.0, 1.2e-9), strict=True)))
+    assert program("run", "planted", "--verbose") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line for line in lines if line.endswith("  caught") or line.startswith("claim ")]
+    assert len(rows) == 3
+    for column in ("verdict", "negative"):
+      at = rows[0].index(column)
+      assert all(row[at - 2 : at] == "  " and row[at] != " " for row in rows)
+    assert any("Me 2020" in line for line in lines)
+
+  def test_colour_on_a_terminal_only(self, demos, capsys, monkeypatch):
+    assert program("check") == 0
+    assert "\033" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert program("check") == 0
+    assert "\033[32mholds" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert program("check") == 0
+    assert "\033" not in capsys.readouterr().out
+
+  @pytest.mark.parametrize("flag", ["json", "export_json"])
+  def test_results_are_strict_json(self, demos, flag, tmp_path):
+    nan = planted("planted.nan", residual=float("nan"))
+    with_claims(demos, planted(), nan, planted("planted.vacuous", broken=0.0, tolerance=float("inf")))
+    path = tmp_path / "deep" / "claims.json"
+    assert program("check", f"--{flag}={path}", "--seed=7") == 1
+
+    def refuse(constant):
+      raise AssertionError(constant)
+
+    document = json.loads(path.read_text(), parse_constant=refuse)
+    assert document["counts"] == {"holds": 1, "violated": 1, "vacuous": 1, "error": 0}
+    assert document["seed"] == 7
+    held, violated, vacuous = document["demos"][0]["claims"]
+    assert (held["measured"], held["verdict"], held["negative_control"]) == (0.0, "holds", "caught")
+    assert violated["measured"] is None
+    assert (vacuous["tolerance"], vacuous["negative_control"]) == (None, "not caught")
+
+  def test_check_prints_one_line_for_each_claim(self, demos, capsys):
+    with_claims(demos, planted("planted.a"), planted("planted.b"))
+    assert program("check") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["planted.a", "planted.b", "2"]
+
+
+class TestMistakes:
+  def _refused(self, capsys, *args):
+    assert program(*args) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return captured.err
+
+  def test_unknown_name_suggests_the_nearest(self, capsys):
+    err = self._refused(capsys, "run", "brade")
+    assert err.splitlines() == [
+      "error: no demo named 'brade'",
+      "  fix: did you mean braid? python -m demos list shows all",
+    ]
+
+  def test_command_line(self, demos, capsys):
+    assert "no command" in self._refused(capsys)
+    assert "did you mean check?" in self._refused(capsys, "chekc")
+    assert "run takes one name, got 2" in self._refused(capsys, "run", "planted", "planted")
+    assert "run-all takes no name" in self._refused(capsys, "run-all", "planted")
+    assert "--scale=0" in self._refused(capsys, "check", "--scale=0")
+
+  def test_all_mistakes_are_reported_together(self, demos, capsys):
+    err = self._refused(capsys, "check", "nope", "nada", "--plots=x")
+    assert err.count("error:") == 3
+
+  def test_flag_without_effect(self, demos, capsys):
+    assert "--seed has no effect on list" in self._refused(capsys, "list", "--seed=3")
+    err = self._refused(capsys, "check", "--plots=x")
+    assert "leave it out, or use it with run or run-all" in err
+    assert "planted draws none" in self._refused(capsys, "run", "planted", "--plots=x")
+
+  def test_plots_without_matplotlib(self, demos, capsys, monkeypatch, tmp_path):
+    demos["planted"] = dataclasses.replace(demos["planted"], plots=(braid_demo.closure,))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    err = self._refused(capsys, "run", "planted", f"--plots={tmp_path / 'plots'}")
+    assert "fix: pip install -e '.[plot]'" in err
+    assert not (tmp_path / "plots").exists()
+
+  def test_places_that_cannot_be_written(self, demos, capsys, tmp_path):
+    demos["planted"] = dataclasses.replace(demos["planted"], plots=(braid_demo.closure,))
+    (tmp_path / "file").write_text("")
+    err = self._refused(
+      capsys, "run", "planted", f"--plots={tmp_path / 'file'}", f"--export_json={tmp_path / 'file' / 'x.json'}"
+    )
+    assert err.count("error:") == 2
+
+
+class TestCollection:
+  def test_every_mechanism_has_a_demo(self, capsys):
+    assert program("list") == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == sorted({*attention_names(), "braid"} | set(listed))
+
+  def test_info_runs_nothing(self, demos, capsys):
+    with_claims(demos, dataclasses.replace(planted(), check=crashing))
+    assert program("info", "planted") == 0
+    out = capsys.readouterr().out
+    assert "planted.law is at most 1e-06" in out
+
+  def test_info_shows_the_options_of_a_mechanism(self, capsys):
+    assert program("info", "standard") == 0
+    out = capsys.readouterr().out
+    assert "standard(window=0" in out
+    assert "impl" in out
+
+  def test_claims_of_the_mechanism_join_once(self, monkeypatch):
+    options = dataclasses.make_dataclass("Options", [("impl", str, "auto")])
+    record = types.SimpleNamespace(options=options, claims=(*CLAIMS, planted("braid.more")), refs=("Her 2021",))
+    monkeypatch.setitem(demo_lib.REGISTRY, "braid", record)
+    demo = demo_lib.get("braid")
+    assert [c.name for c in demo.claims] == [*(c.name for c in CLAIMS), "braid.more"]
+    assert demo.refs[-1] == "Her 2021"
+    assert demo.options is options
+
+  def test_module_entry_point(self):
+    done = subprocess.run([sys.executable, "-m", "demos", "info", "brai"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "did you mean braid?" in done.stderr
+
+
+class TestBraidDemo:
+  def test_story(self, key):
+    text = braid_demo.story(key)
+    assert max(map(len, text.splitlines())) <= 100
+    # The closure is the knot 5_2.
+    assert "Δ(t) = 2t - 3 + 2t^-1\n" in text
+    assert "V(t) = -t^6 + t^5 - t^4 + 2t^3 - t^2 + t;  of β': the same\n" in text
+    assert "64 of 64 random words of length 10,000" in text
+
+  def test_laws_before_and_after_the_move(self, key):
+    moved = braid_demo.third_reidemeister(braid_demo.WORD, braid_demo.SITE)
+    changes = braid_demo.law_changes(braid_demo.WORD, moved, key)
+    assert max(changes["swap"], changes["Burau, t = 1/2"]) < 1e-12
+    assert changes["restricted"] > 1e-2
+
+  def test_texts(self):
+    assert braid_demo.word_text(np.array([1, -12, 0])) == "σ₁σ₁₂⁻¹"
+    assert braid_demo.word_text(np.array([0])) == "1"
+    assert braid_demo.polynomial_text(np.array([1.0, 0, 3, -1, -2])) == "-2t - t^(1/2) + 3 + t^-1"
+    assert braid_demo.polynomial_text(np.zeros(3)) == "0"
+    assert braid_demo.mathtext("t^2 - t^(1/2) + t^-1") == "t^{2} - t^{(1/2)} + t^{-1}"
+
+  def test_over_strands_are_unbroken(self):
+    word = np.array([1, -2])
+    broken = [bool(np.isnan(y).any()) for _, y in braid_demo.strand_paths(word)]
+    # σ_1: strand 1 goes down over strand 2. σ_2⁻¹: strand 1 goes down under strand 3.
+    assert broken == [True, True, False]
+    ends = [-round(y[-1]) for _, y in braid_demo.strand_paths(word)]
+    np.testing.assert_array_equal(ends, braid.permutation(jnp.array(word), 3))
+
+  def test_plots(self, demos, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    demos["braid"] = Demo("braid", "plots only", plots=(braid_demo.closure,))
+    assert program("run", "braid", f"--plots={tmp_path}") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["braid_closure.pdf", "braid_closure.png"]
+    assert (tmp_path / "braid_closure.png").read_bytes().startswith(b"\x89PNG")
+    assert "wrote" in capsys.readouterr().out
+
+  def test_low_rank_plot_shows_measured_and_predicted_decay(self, key, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(braid_demo, "RANKS", np.array([4, 12]))
+    spectrum, interpolation = braid_demo.low_rank(key).axes
+    for ax in (spectrum, interpolation):
+      assert ax.get_xlabel() and ax.get_ylabel()
+    measured, predicted = interpolation.lines[:2]
+    ratio = np.asarray(measured.get_ydata()) / np.asarray(predicted.get_ydata())
+    assert (ratio > 0.5).all() and (ratio < 2).all()
