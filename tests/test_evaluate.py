@@ -19,7 +19,7 @@ from mgr_jax.data.corpus import load_corpus
 from mgr_jax.model import gpt
 from mgr_jax.params import ParamSpec
 from mgr_jax.problems import UserError
-from train import checkpoint, cli, evaluate, validate
+from train import checkpoint, cli, evaluate, identity, validate
 
 TOKENIZER = tokenizers.bytes_tokenizer()
 CFG = GPTConfig(vocab_size=TOKENIZER.vocab_size, seq_len=12, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
@@ -163,7 +163,7 @@ def workdir(params, data, tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs")
   flags = {"data": str(data), "text_column": "text", "val_from_train": 0.0}
   sha256 = load_corpus(data).sha256
-  meta = checkpoint.make_meta(CFG, flags, tokenizer_sha256=TOKENIZER.sha256, data_sha256=sha256, run_id="tiny")
+  meta = identity.make_meta(CFG, flags, tokenizer_sha256=TOKENIZER.sha256, data_sha256=sha256, run_id="tiny")
   checkpoints = checkpoint.Checkpoints(directory / "tiny" / checkpoint.SUBDIRECTORY)
   checkpoints.save(5, Saved(jnp.int32(5), params), {}, meta)
   checkpoints.close()

@@ -14,7 +14,7 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.conformance import noisy_params
 from mgr_jax.data import tokenizer as tokenizers
 from mgr_jax.model.generate import Sampling, generate, row_keys
-from train import checkpoint, cli, sample
+from train import checkpoint, cli, identity, sample
 
 TOKENIZER = tokenizers.bytes_tokenizer()
 CFG = GPTConfig(vocab_size=TOKENIZER.vocab_size, seq_len=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
@@ -34,7 +34,7 @@ def params():
 @pytest.fixture(scope="module")
 def workdir(params, tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs")
-  meta = checkpoint.make_meta(CFG, {}, tokenizer_sha256=TOKENIZER.sha256, data_sha256="0" * 64, run_id="tiny")
+  meta = identity.make_meta(CFG, {}, tokenizer_sha256=TOKENIZER.sha256, data_sha256="0" * 64, run_id="tiny")
   checkpoints = checkpoint.Checkpoints(directory / "tiny" / checkpoint.SUBDIRECTORY)
   checkpoints.save(5, Saved(jnp.int32(5), params), {}, meta)
   checkpoints.close()

@@ -180,10 +180,10 @@ def report(contexts: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> None:
   raise_if_any(flag_problems())
-  from train import checkpoint  # slow to import, and not needed to explain a wrong flag
+  from train import runs  # slow to import, and not needed to explain a wrong flag
 
-  run = checkpoint.load_run(FLAGS.ckpt, FLAGS.workdir)
-  directory, _ = checkpoint.find_run(FLAGS.ckpt, FLAGS.workdir)
+  run = runs.load_run(FLAGS.ckpt, FLAGS.workdir)
+  directory, _ = runs.find_run(FLAGS.ckpt, FLAGS.workdir)
   corpus = chosen_corpus(run.meta["flags"])
   factors = (1, *LENGTH_FACTORS) if "length" in FLAGS.evals else (1,)
   contexts = evaluate_contexts(run.params, run.cfg, corpus, run.tokenizer, factors, FLAGS.val_tokens, FLAGS.batch_size)

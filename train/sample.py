@@ -284,9 +284,9 @@ def main(argv: list[str]) -> None:
   del argv
   prompts = read_prompts()
   raise_if_any(flag_problems(prompts))
-  from train import checkpoint  # slow to import, and not needed to explain a wrong flag
+  from train import runs  # slow to import, and not needed to explain a wrong flag
 
-  run = checkpoint.load_run(FLAGS.ckpt, FLAGS.workdir)
+  run = runs.load_run(FLAGS.ckpt, FLAGS.workdir)
   rows = [Row(prompt, run.tokenizer, FLAGS.stop) for prompt in prompts for _ in range(FLAGS.num_samples)]
   if FLAGS.on_overflow == "error":
     raise_if_any(overflow_problems(rows, FLAGS.max_tokens, run.cfg))

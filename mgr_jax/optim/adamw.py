@@ -1,0 +1,64 @@
+"""AdamW on every parameter, with one learning rate per role and weight decay on matrices only."""
+
+import jax
+import optax
+
+from mgr_jax.optim.groups import group_labels, rate_problems, role_rates, scale_by_group
+from mgr_jax.params import ROLES
+from mgr_jax.problems import Problem, raise_if_any
+
+
+def adamw(
+  specs,
+  cfg,
+  *,
+  lr_scale: float = 1.0,
+  matrix_lr: float = 3e-3,
+  embed_lr: float = 0.2,
+  head_lr: float = 0.004,
+  scalar_lr: float = 3e-3,
+  weight_decay: float = 0.1,
+  adam_b1: float = 0.9,
+  adam_b2: float = 0.95,
+  adam_eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+  """Adam with decoupled weight decay (Loshchilov & Hutter, 2017, arXiv 1711.05101).
+
+      m <- b1·m + (1-b1)·g,  v <- b2·v + (1-b2)·g²,
+      Δp = -scale · lr[role] · ( (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) + wd[role]·p ),  t = 1, 2, ...
+
+  Decayed are the leaves of role `matrix`: the weights of attention and MLP. The embedding, the head and scalars (gains,
+  biases, tables) are not. The decay is multiplied by the learning rate and the schedule, as the gradient step is.
+
+  Args:
+    specs: tree of `ParamSpec` of the model.
+    cfg: `n_embd` is read; the rates of embedding and head are multiplied by sqrt(768 / n_embd).
+    lr_scale: multiplies every learning rate.
+    matrix_lr, embed_lr, head_lr, scalar_lr: learning rate of each role.
+    weight_decay: wd of matrices, per step and unit of learning rate.
+    adam_b1, adam_b2, adam_eps: decay of both moments; eps stands beside the bias-corrected root.
+
+  Returns:
+    A transformation whose `update` needs `params` and takes the schedule's multiplier as `scale`. State: two float32
+    copies of the parameters and a counter.
+
+  Raises:
+    UserError: with every setting that is out of range.
+  """
+  rates = {"matrix_lr": matrix_lr, "embed_lr": embed_lr, "head_lr": head_lr, "scalar_lr": scalar_lr}
+  found = rate_problems(lr_scale=lr_scale, **rates)
+  for name, value, default in (("adam_b1", adam_b1, 0.9), ("adam_b2", adam_b2, 0.95)):
+    if not 0 <= value < 1:
+      found.append(Problem(f"--{name}={value} is outside [0, 1)", f"use e.g. --{name}={default}"))
+  if not adam_eps > 0:
+    found.append(Problem(f"--adam_eps={adam_eps} is not positive", "use e.g. --adam_eps=1e-8"))
+  if not weight_decay >= 0:
+    found.append(Problem(f"--weight_decay={weight_decay} is negative", "use 0 for no decay, or e.g. 0.1"))
+  raise_if_any(found)
+
+  roles = group_labels(specs, {role: (role,) for role in ROLES})
+  return optax.chain(
+    optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
+    optax.add_decayed_weights(weight_decay, mask=jax.tree.map(lambda role: role == "matrix", roles)),
+    scale_by_group(roles, role_rates(cfg, lr_scale=lr_scale, **rates)),
+  )

@@ -1,0 +1,178 @@
+"""One optimizer update as a pure, jitted function of the training state."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mgr_jax.model import gpt
+from mgr_jax.params import fold_in_name
+from mgr_jax.problems import Problem, UserError, raise_if_any
+from mgr_jax.schedules import Schedule
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that training changes.
+
+  Args:
+    step: int32, batches consumed, dropped ones included.
+    params, opt_state, schedule_state: PyTrees; parameters are float32.
+    key: typed key of the run. It never changes: whatever is random at a step folds the step in.
+    tokens_seen: uint32[2], low and high word of the number of target tokens consumed.
+    skipped: int32, updates dropped because something was not finite.
+    nonfinite_streak: int32, updates dropped in a row up to now.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  schedule_state: Any
+  key: jax.Array
+  tokens_seen: jax.Array
+  skipped: jax.Array
+  nonfinite_streak: jax.Array
+
+
+def init_train_state(
+  cfg, optimizer: optax.GradientTransformationExtraArgs, schedule: Schedule, seed: int
+) -> TrainState:
+  """The state before the first step. Under `jax.eval_shape` it is the abstract target of a restore."""
+  key = jax.random.key(seed)
+  params = gpt.init(fold_in_name(key, "init"), cfg)
+  zero = functools.partial(jnp.zeros, (), jnp.int32)
+  return TrainState(
+    step=zero(),
+    params=params,
+    opt_state=optimizer.init(params),
+    schedule_state=schedule.init(),
+    key=fold_in_name(key, "train"),
+    tokens_seen=jnp.zeros((2,), jnp.uint32),
+    skipped=zero(),
+    nonfinite_streak=zero(),
+  )
+
+
+def make_train_step(
+  cfg,
+  optimizer: optax.GradientTransformationExtraArgs,
+  schedule: Schedule,
+  *,
+  grad_accum: int = 1,
+  grad_clip: float = 1.0,
+  on_nonfinite: str = "raise",
+):
+  """The jitted `step(state, batch) -> (state, metrics)`; `state` is donated.
+
+  Args:
+    cfg, optimizer, schedule: as given to `init_train_state`.
+    grad_accum: micro-batches per update; divides the batch. Activations of one micro-batch are alive at a time, and the
+      result is that of the whole batch.
+    grad_clip: largest global gradient norm, 0 for none.
+    on_nonfinite: a step whose loss or gradient is not finite leaves parameters, optimizer and schedule as they were.
+      After K such steps in a row with `skip:K`, or after the first with `raise`, every further step is dropped as well:
+      the caller may look at the metrics as seldom as it likes and still finds the parameters that broke. A restored
+      state that has this behind it goes on after `state.replace(nonfinite_streak=0)`.
+
+  The batch holds `tokens` and `targets` int32 [B, T], optional `weights` float32 [B, T], and whatever `gpt.loss` reads.
+
+  Metrics, device scalars: `loss` (Σ w·nll / Σ w, nats per token), `nll_sum`, `weight`, `aux_loss`, `grad_norm` (of
+  the whole gradient, before clipping), `multiplier` and `event` of the schedule, `nonfinite` (the update was dropped).
+
+  Raises:
+    UserError: settings out of range.
+  """
+  found = []
+  if grad_accum < 1:
+    found.append(Problem(f"--grad_accum={grad_accum} is not positive", "use --grad_accum=1"))
+  if not grad_clip >= 0:
+    found.append(Problem(f"--grad_clip={grad_clip} is negative", "use 0 for no clipping, or e.g. --grad_clip=1.0"))
+  if not re.fullmatch(r"raise|skip:[1-9]\d*", on_nonfinite):
+    found.append(Problem(f"--on_nonfinite={on_nonfinite} is unknown", "use raise, or skip:K with K of 1 or more"))
+  raise_if_any(found)
+  limit = 1 if on_nonfinite == "raise" else int(on_nonfinite.removeprefix("skip:"))
+
+  def step(state: TrainState, batch):
+    metrics, grads = _gradient(state.params, batch, cfg, grad_accum)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    if grad_clip:
+      factor = jnp.where(metrics["grad_norm"] > grad_clip, grad_clip / metrics["grad_norm"], 1.0)
+      grads = jax.tree.map(lambda g: factor * g, grads)
+    schedule_state, multiplier, event = schedule.update(state.schedule_state, metrics["loss"])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scale=multiplier)
+    params = optax.apply_updates(state.params, updates)
+
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(metrics["grad_norm"])
+    applied = finite & (state.nonfinite_streak < limit)
+    new, old = (params, opt_state, schedule_state), (state.params, state.opt_state, state.schedule_state)
+    params, opt_state, schedule_state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      schedule_state=schedule_state,
+      tokens_seen=_add(state.tokens_seen, _n_targets(batch)),
+      skipped=state.skipped + ~applied,
+      nonfinite_streak=jnp.where(applied, 0, state.nonfinite_streak + 1),
+    )
+    return state, metrics | {"multiplier": multiplier, "event": event, "nonfinite": ~applied}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def _gradient(params, batch, cfg, grad_accum: int):
+  """Metrics and float32 gradient of Σ_i nll_i / W + Σ_i (w_i / W)·aux_i over micro-batches i of weight w_i, Σ w_i = W.
+
+  Dividing each micro-batch by its own weight and averaging would count the tokens of light micro-batches more.
+  """
+  weights = batch.get("weights")
+  total = batch["targets"].size if weights is None else jnp.sum(weights, dtype=jnp.float32)
+  normalizer = jnp.maximum(total, 1.0)
+
+  def objective(params, part):
+    loss, metrics = gpt.loss(params, part, cfg, normalizer=normalizer)
+    share, aux_loss = metrics["weight"] / normalizer, metrics["aux_loss"]
+    return loss + (share - 1) * aux_loss, metrics | {"aux_loss": share * aux_loss}
+
+  def part_gradient(part):
+    (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params, part)
+    return metrics, grads
+
+  if grad_accum == 1:
+    metrics, grads = part_gradient(batch)
+  else:
+    parts = split_batch(batch, grad_accum)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, jax.tree.map(lambda x: x[0], parts)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, part_gradient(part)), None)
+    (metrics, grads), _ = jax.lax.scan(add, zeros, parts)
+  return {"loss": metrics["nll_sum"] / normalizer, **metrics}, grads
+
+
+def split_batch(batch, grad_accum: int):
+  """[B, ...] -> [grad_accum, B/grad_accum, ...]; micro-batch i holds rows i, i + grad_accum, ...
+
+  Strided, so that a batch sharded over devices by rows is split without moving a row to another device.
+
+  Raises:
+    UserError: B is not divisible.
+  """
+  rows = batch["tokens"].shape[0]
+  if rows % grad_accum:
+    fix = f"use --batch_size={-(-rows // grad_accum) * grad_accum}, or a --grad_accum that divides it"
+    raise UserError(Problem(f"--batch_size={rows} is not divisible by --grad_accum={grad_accum}", fix))
+  return jax.tree.map(lambda x: x.reshape(rows // grad_accum, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _n_targets(batch) -> jax.Array:
+  weights = batch.get("weights")
+  return jnp.uint32(batch["targets"].size) if weights is None else jnp.count_nonzero(weights).astype(jnp.uint32)
+
+
+def _add(words: jax.Array, n: jax.Array) -> jax.Array:
+  """words + n for a 64-bit count held as uint32 [low, high]."""
+  low = words[0] + n
+  return jnp.stack([low, words[1] + (low < n)])
