@@ -230,7 +230,11 @@ class TestCollection:
     record = types.SimpleNamespace(options=options, claims=(*CLAIMS, planted("braid.more")), refs=("Her 2021",))
     monkeypatch.setitem(demo_lib.REGISTRY, "braid", record)
     demo = demo_lib.get("braid")
-    assert [c.name for c in demo.claims] == [*(c.name for c in CLAIMS), "braid.more"]
+    names = [c.name for c in demo.claims]
+    own = [*(c.name for c in CLAIMS), "braid.more"]
+    assert names[: len(own)] == own
+    assert len(set(names)) == len(names)
+    assert "braid.causal_values" in names, "what every mechanism must satisfy is shown too"
     assert demo.refs[-1] == "Her 2021"
     assert demo.options is options
 

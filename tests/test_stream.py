@@ -36,6 +36,7 @@ def small_units(monkeypatch):
 
 
 def batches(data, n, *, seq_len=32, batch_size=3, seed=0, **options):
+  options = {"shuffled_windows": 1} | options  # the order of the packed stream itself
   with stream.train_iterator(data, TOK, seq_len=seq_len, batch_size=batch_size, seed=seed, **options) as it:
     return [next(it) for _ in range(n)]
 
@@ -155,7 +156,20 @@ RANDOM_WORDS = [0xB8B4C2977EABCE45, 0xA65305FD338EC8FE]
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
 def test_threads_change_nothing(data, threads):
-  assert equal(batches(data, 60, threads=threads), batches(data, 60, threads=2))
+  runs = [batches(data, 60, threads=n, shuffled_windows=16) for n in (threads, 2)]
+  assert equal(*runs)
+
+
+def test_blocks_of_windows_are_shuffled_without_losing_one(data):
+  plain = rows(batches(data, 64))
+  mixed = rows(batches(data, 64, shuffled_windows=24))
+  windows = lambda found, block: [tuple(row) for row in found["targets"][block * 24 : block * 24 + 24]]
+  for block in range(64 * 3 // 24):
+    assert sorted(windows(plain, block)) == sorted(windows(mixed, block))
+    assert windows(plain, block) != windows(mixed, block)
+  assert equal(batches(data, 64, shuffled_windows=24), batches(data, 64, shuffled_windows=24))
+  first, other = (batches(data, 8, shuffled_windows=24, seed=0), batches(data, 8, shuffled_windows=24, seed=1))
+  assert not equal(first, other)
 
 
 def test_batch_size_changes_nothing(data):
@@ -177,7 +191,8 @@ def test_processes_see_disjoint_documents(data):
   for p in range(2):
     order = EpochOrder(data.units("train"), 0, p, 2)
     own.append([text[:4] for place in range(units // 2) for text in order[place]])
-    with stream.train_iterator(data, TOK, seq_len=32, batch_size=1, seed=0, process_index=p, process_count=2) as it:
+    options = {"process_index": p, "process_count": 2, "shuffled_windows": 1}
+    with stream.train_iterator(data, TOK, seq_len=32, batch_size=1, seed=0, **options) as it:
       found = [next(it) for _ in range(250)]
       assert 1 < it.epoch < 3
     assert documents_of(found)[: len(own[p])] == own[p]
@@ -192,13 +207,14 @@ def test_processes_see_disjoint_documents(data):
 def test_resume_at_twenty_random_points(data):
   n = 130
   states, found = [], []
-  with stream.train_iterator(data, TOK, seq_len=32, batch_size=3, seed=5) as it:
+  options = {"seq_len": 32, "batch_size": 3, "seed": 5, "shuffled_windows": 16}
+  with stream.train_iterator(data, TOK, **options) as it:
     states.append(it.get_state())
     for _ in range(n):
       found.append(next(it))
       states.append(it.get_state())
   assert max(len(json.dumps(state)) for state in states) < 400
-  with stream.train_iterator(data, TOK, seq_len=32, batch_size=3, seed=5, threads=1) as it:
+  with stream.train_iterator(data, TOK, **options, threads=1) as it:
     for k in [0, *random.Random(0).sample(range(1, n - 3), 19)]:
       assert it.set_state(json.loads(json.dumps(states[k]))) == 0
       assert it.get_state() == states[k]
@@ -209,11 +225,12 @@ def test_resume_at_twenty_random_points(data):
 
 
 def test_resume_with_another_batch_size_continues_the_stream(data):
-  with stream.train_iterator(data, TOK, seq_len=32, batch_size=4, seed=0) as it:
+  options = {"seq_len": 32, "seed": 0, "shuffled_windows": 1}
+  with stream.train_iterator(data, TOK, batch_size=4, **options) as it:
     for _ in range(6):
       next(it)
     state = it.get_state()
-  with stream.train_iterator(data, TOK, seq_len=32, batch_size=2, seed=0) as it:
+  with stream.train_iterator(data, TOK, batch_size=2, **options) as it:
     it.set_state(state)
     assert np.array_equal(next(it)["tokens"].ravel(), global_stream(data, 0, 26 * 32)[24 * 32 :])
 
@@ -243,18 +260,22 @@ def test_other_streams_are_refused(data, tmp_path):
   assert equal([fresh], [resumed]) and skipped == 0
 
 
+@pytest.mark.parametrize("windows", [1, 7, 16])
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
-def test_resume_with_another_number_of_processes(data, before, after):
-  options = {"seq_len": 16, "batch_size": 2, "seed": 0}
-  states = []
-  for p, steps in enumerate([23, 30, 26][:before]):
+def test_resume_with_another_number_of_processes(data, before, after, windows):
+  options = {"seq_len": 16, "batch_size": 2, "seed": 0, "shuffled_windows": windows}
+  states, steps = [], [23, 30, 26][:before]
+  for p, n in enumerate(steps):
     with stream.train_iterator(data, TOK, **options, process_index=p, process_count=before) as it:
-      for _ in range(steps):
+      for _ in range(n):
         next(it)
       states.append(it.get_state())
   order = EpochOrder(data.units("train"), 0)
-  begun = [state["unit"] + 1 for state in states]
-  start = max(k * before + p for p, k in enumerate(begun))
+  lengths = [sum(map(len, TOK.encode_batch(order[place]))) for place in range(40)]
+  # Each process has read on to the end of its block, one token beyond it for the last target.
+  read = [-(-2 * n // windows) * windows * 16 for n in steps]
+  begun = [int(np.searchsorted(np.cumsum(lengths[p::before]), read[p], side="right")) + 1 for p in range(before)]
+  start = max((k * before + p for p, k in enumerate(begun)))
 
   firsts = []
   for p in range(after):
@@ -268,14 +289,10 @@ def test_resume_with_another_number_of_processes(data, before, after):
       assert place >= start > place - after  # nothing is read twice, and no unit is left out
       firsts.append(place)
       first = np.concatenate(TOK.encode_batch(order[place]))
-      assert np.array_equal(next(it)["tokens"][0], first[:16])
+      if windows == 1:
+        assert np.array_equal(next(it)["tokens"][0], first[:16])
   assert sorted(firsts) == list(range(start, start + after))
-
-  unused = 0
-  for p, steps in enumerate([23, 30, 26][:before]):
-    own = sum(len(i) for place in range(p, start, before) for i in TOK.encode_batch(order[place]))
-    unused += own - steps * 2 * 16 - 1
-  assert skipped == unused
+  assert skipped == sum(sum(lengths[p:start:before]) - n * 2 * 16 - 1 for p, n in enumerate(steps))
   if before > 1:
     with stream.train_iterator(data, TOK, **options) as it, pytest.raises(UserError, match=f"{before} were saved"):
       it.set_state(states[:1], strict=False)

@@ -14,6 +14,7 @@ from mgr_jax.data.pack import Batch, PackStream, window_batch
 from mgr_jax.data.tokenizer import Tokenizer
 from mgr_jax.problems import Problem, UserError, raise_if_any
 
+SHUFFLED_WINDOWS = 512
 _QUEUED_BATCHES = 2
 _SAMPLE_CHARS = 65_536
 
@@ -31,11 +32,13 @@ class TrainIterator:
     identity: dict,
     units_per_epoch: int,
     tokenise: Callable[[int], np.ndarray],  # the tokens at a place of the global stream of units
+    block_tokens: tuple[int, int],  # windows per shuffled block, and transitions per window
   ):
     self._open = [iterator]
     self._identity = identity
     self._units_per_epoch = units_per_epoch
     self._tokenise = tokenise
+    self._block_tokens = block_tokens
     # The finalizer also runs at interpreter exit, while the modules that closing needs still exist.
     self._finalizer = weakref.finalize(self, _close, self._open)
 
@@ -52,9 +55,20 @@ class TrainIterator:
     return self._open[0]
 
   def get_state(self) -> dict:
-    """The place in the stream after the last batch given, with what the stream depends on."""
+    """The place in the stream after the last batch given, with what the stream depends on.
+
+    A block of windows is shuffled as a whole: `unit` and `offset` say where block number `block` begins, and `used` how
+    many of its windows have been given.
+    """
     place = self._iterator.get_state()
-    return {"unit": place["parent"]["next_index"], "offset": place["offset"], **self._identity}
+    begin = place["parent_window_start_state"]
+    return {
+      "unit": begin["parent"]["next_index"],
+      "offset": begin["offset"],
+      "block": place["window_index"],
+      "used": place["pos_in_window"],
+      **self._identity,
+    }
 
   @property
   def epoch(self) -> float:
@@ -65,10 +79,10 @@ class TrainIterator:
   def set_state(self, states: dict | Sequence[dict], strict: bool = True) -> int:
     """Continues after the batch that `states` belongs to: this process's state, or the list of all processes' states.
 
-    Raises `UserError` when data, tokenizer, seed or number of processes differ. With `strict=False`, other data,
-    another tokenizer or seed start from the beginning of their own stream; another number of processes continues at the
-    first unit that none of the saved processes had begun, for which the states of all of them are needed. Returns how
-    many tokens that leaves out, summed over the saved processes (0 when exact).
+    Raises `UserError` when data, tokenizer, seed, window length or number of processes differ. With `strict=False`,
+    other data, another tokenizer, seed or window length start from the beginning of their own stream; another number of
+    processes continues at the first unit that none of the saved processes had begun, for which the states of all of
+    them are needed. Returns how many tokens that leaves out, summed over the saved processes (0 when exact).
     """
     states = [states] if isinstance(states, dict) else sorted(states, key=lambda s: s["process_index"])
     saved, now = states[0], self._identity
@@ -83,7 +97,7 @@ class TrainIterator:
       if state is None:
         error = f"no data state of process {now['process_index']} was given"
         raise UserError(Problem(error, "give the states of all processes"))
-      self._go_to(state["unit"], state["offset"])
+      self._go_to(state["unit"], state["offset"], state["block"], state["used"])
       return 0
     if len(states) != saved["process_count"]:
       error = f"data states of {len(states)} processes given, {saved['process_count']} were saved"
@@ -102,20 +116,33 @@ class TrainIterator:
   def __exit__(self, *exc) -> None:
     self.close()
 
-  def _go_to(self, unit: int, offset: int) -> None:
-    self._iterator.set_state({"parent": {"next_index": unit}, "offset": offset})
+  def _go_to(self, unit: int, offset: int, block: int = 0, used: int = 0) -> None:
+    begin = {"parent": {"next_index": unit}, "offset": offset}
+    self._iterator.set_state({"parent_window_start_state": begin, "window_index": block, "pos_in_window": used})
 
   def _first_untouched(self, states: Sequence[dict]) -> tuple[int, int]:
     """The place in the global stream from which on no saved process has read, and the unused tokens before it."""
-    count = len(states)
-    begun = [state["unit"] + (state["offset"] > 0) for state in states]
-    start = max(unit * count + p for p, unit in enumerate(begun))
-    skipped = 0
-    for p, (state, unit) in enumerate(zip(states, begun, strict=True)):
-      if state["offset"]:
-        skipped += len(self._tokenise(state["unit"] * count + p)) - state["offset"] - 1
-      skipped += sum(len(self._tokenise(place)) for place in range(unit * count + p, start, count))
+    count, skipped, ends = len(states), 0, []
+    for p, state in enumerate(states):
+      unit, offset, left = self._block_end(state, p, count)
+      skipped += left
+      if offset:
+        skipped += len(self._tokenise(unit * count + p)) - offset - 1
+      ends.append((unit + (offset > 0)) * count + p)
+    start = max(ends)
+    skipped += sum(len(self._tokenise(place)) for end in ends for place in range(end, start, count))
     return start, skipped
+
+  def _block_end(self, state: dict, p: int, count: int) -> tuple[int, int, int]:
+    """Unit and offset at the end of the block that process `p` of `count` was in, and the block's unused tokens."""
+    unit, offset = state["unit"], state["offset"]
+    if not state["used"]:
+      return unit, offset, 0
+    windows, seq_len = self._block_tokens
+    offset += windows * seq_len
+    while offset >= (length := len(self._tokenise(unit * count + p))):
+      unit, offset = unit + 1, offset - length
+    return unit, offset, (windows - state["used"]) * seq_len
 
 
 _DIFFERS = {
@@ -124,6 +151,7 @@ _DIFFERS = {
     "give the data of the checkpoint with --data, or start on other data by --resume_strict=false",
   ),
   "tokenizer": ("the tokenizer", "give the tokenizer of the checkpoint with --tokenizer, or train a new model"),
+  "seq_len": ("--seq_len", "use the --seq_len of the checkpoint, or start the data again with --resume_strict=false"),
   "seed": ("--seed", "use the seed of the checkpoint, or start another order with --resume_strict=false"),
   "process_count": (
     "the number of processes",
@@ -152,8 +180,12 @@ def train_iterator(
   threads: int = 4,
   process_index: int = 0,
   process_count: int = 1,
+  shuffled_windows: int = SHUFFLED_WINDOWS,
 ) -> TrainIterator:
   """Shuffled, packed batches of the training split, for ever; `batch_size` rows of this process.
+
+  Each block of `shuffled_windows` packed windows is shuffled once more: consecutive windows often come from one long
+  document, and a batch of them is a far noisier sample of the corpus than its size says.
 
   A batch holds `tokens`, `targets` (the next tokens), `segment_ids` (documents of a row, from 1) and `positions` (from
   0 in each document's part of the row), all int32[B, T], and `weights` float32[B, T], 1 where the target counts. Row
@@ -168,18 +200,24 @@ def train_iterator(
   order = EpochOrder(units, seed, process_index, process_count)
   read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   dataset = grain.MapDataset.source(order).map(functools.partial(_tokenise, tokenizer)).to_iter_dataset(read)
-  dataset = PackStream(dataset, seq_len).batch(batch_size, drop_remainder=True)
+  dataset = grain.experimental.WindowShuffleIterDataset(
+    PackStream(dataset, seq_len), window_size=shuffled_windows, seed=seed
+  )
+  dataset = dataset.batch(batch_size, drop_remainder=True)
   dataset = dataset.map(functools.partial(window_batch, bos_id=tokenizer.bos_id))
   dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_QUEUED_BATCHES)
   identity = {
     "process_index": process_index,
     "process_count": process_count,
     "seed": seed,
+    "seq_len": seq_len,
     "data": corpus.sha256,
     "tokenizer": tokenizer.sha256,
   }
   whole = EpochOrder(units, seed)
-  return TrainIterator(iter(dataset), identity, len(units), lambda place: _tokenise(tokenizer, whole[place]))
+  return TrainIterator(
+    iter(dataset), identity, len(units), lambda place: _tokenise(tokenizer, whole[place]), (shuffled_windows, seq_len)
+  )
 
 
 class ValidationBatches:
