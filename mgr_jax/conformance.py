@@ -14,8 +14,8 @@ import numpy as np
 from mgr_jax.attention import REGISTRY
 from mgr_jax.claims import Claim, claim
 from mgr_jax.config import GPTConfig, Item, parse_attention
-from mgr_jax.model import gpt
-from mgr_jax.params import fold_in_name
+from mgr_jax.model import gpt, stack
+from mgr_jax.params import ParamSpec, fold_in_name
 
 VOCAB = 97
 
@@ -39,20 +39,30 @@ def tiny(cfg: GPTConfig, seq_len: int = 21, n_layer: int | None = None) -> GPTCo
   )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _initial(key, cfg):
-  return gpt.init(key, cfg)
-
-
 def _rng(key: jax.Array, name: str) -> np.random.Generator:
   """NumPy noise: drawing many small arrays through JAX would cost a compilation per shape."""
   return np.random.default_rng(np.asarray(jax.random.key_data(fold_in_name(key, name))))
 
 
 def noisy_params(key: jax.Array, cfg: GPTConfig):
-  """Initial parameters plus N(0, 0.1²), so that no path through the model is switched off."""
-  rng = _rng(key, "noise")
-  return jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), _initial(key, cfg))
+  """Parameters distributed as the initial ones plus N(0, 0.1²), so that no path through the model is switched off."""
+  rng = _rng(key, "parameters")
+
+  def draw(spec: ParamSpec) -> np.ndarray:
+    if spec.init == "normal":
+      initial = spec.normal_std * rng.standard_normal(spec.shape, np.float32)
+    else:
+      initial = np.asarray(spec.draw(jax.random.fold_in(key, int(rng.integers(2**31)))))
+    return initial + 0.1 * rng.standard_normal(spec.shape, np.float32)
+
+  def draw_tree(specs):
+    return jax.tree.map(draw, specs, is_leaf=gpt.is_spec)
+
+  def draw_run(run: stack.Run):
+    drawn = [draw_tree(stack.layer_specs(cfg, run)) for _ in range(run.n_layer)]
+    return jax.tree.map(lambda *layers: np.stack(layers), *drawn)
+
+  return draw_tree(gpt.specs(cfg) | {"runs": ()}) | {"runs": tuple(draw_run(run) for run in stack.runs(cfg))}
 
 
 def tokens_of(key: jax.Array, batch: int, length: int) -> np.ndarray:
@@ -112,7 +122,7 @@ def _influence(params, x_1TC, t, cfg):
 
   def output_at_t(x):
     ctx = gpt.context(jnp.arange(cfg.seq_len)[None, :], cfg)
-    y, _ = gpt.stack.forward(params["runs"], x, ctx, cfg)
+    y, _ = stack.forward(params["runs"], x, ctx, cfg)
     return jnp.sum(jnp.sin(y[0, t]))
 
   return jnp.max(jnp.abs(jax.grad(output_at_t)(x_1TC)), axis=(0, 2))

@@ -56,11 +56,15 @@ class ParamSpec:
       return jnp.full(self.shape, self.std, jnp.float32)
     if self.init != "normal":
       raise ValueError(f"unknown init {self.init!r}")
-    std = self.std
-    if std is None:
-      n_in, n_out = math.prod(self.shape[: self.fan_in]), math.prod(self.shape[self.fan_in :])
-      std = min(1.0, math.sqrt(n_out / n_in)) / math.sqrt(n_in)
-    return std * jax.random.normal(key, self.shape, jnp.float32)
+    return self.normal_std * jax.random.normal(key, self.shape, jnp.float32)
+
+  @property
+  def normal_std(self) -> float:
+    """Standard deviation of the `"normal"` distribution."""
+    if self.std is not None:
+      return self.std
+    n_in, n_out = math.prod(self.shape[: self.fan_in]), math.prod(self.shape[self.fan_in :])
+    return min(1.0, math.sqrt(n_out / n_in)) / math.sqrt(n_in)
 
 
 def fold_in_name(key: jax.Array, name: str) -> jax.Array:

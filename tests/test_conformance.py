@@ -13,7 +13,7 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.conformance import conformance_claims, noisy_params, tiny, tokens_of
 from mgr_jax.model import gpt
 
-HYBRID = "standard(window=5),standard"
+HYBRID = ",".join(attention_names())
 VARIANTS = [*(v for record in REGISTRY.values() for v in record.variants), HYBRID]
 
 

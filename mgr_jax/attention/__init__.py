@@ -1,16 +1,19 @@
-"""The registry of mechanisms. A new one is its own file and one line in `_RECORDS`."""
+"""The registry of mechanisms. A new one is its own file, whose `MECHANISM` is the record, and one line in `_FILES`."""
 
 import dataclasses
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from mgr_jax.attention import standard
 from mgr_jax.attention.mechanism import Context, Mechanism
 from mgr_jax.config import GPTConfig, Item, build_options, config_problems, layer_items, nearest
 from mgr_jax.problems import Problem, UserError, raise_if_any
 
-_RECORDS = (standard.MECHANISM,)
+_FILES = (
+  "standard",
+  "braid",
+)
 
-REGISTRY: dict[str, Mechanism] = {record.name: record for record in _RECORDS}
+REGISTRY: dict[str, Mechanism] = {file: import_module(f"{__name__}.{file}").MECHANISM for file in _FILES}
 
 
 class Layer(NamedTuple):

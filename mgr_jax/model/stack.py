@@ -12,7 +12,6 @@ from mgr_jax.flops import Cost
 from mgr_jax.model import layers
 from mgr_jax.params import stack_specs
 
-
 # Layers per iteration of a run's scan. Measured forward+backward on two CPU cores at 4 layers, 128 wide: 0.83x of one
 # layer per iteration, because XLA no longer stacks residuals of every layer; deeper stacks keep the compile time flat.
 UNROLL = 4
@@ -37,15 +36,14 @@ def runs(cfg) -> tuple[Run, ...]:
   return tuple(found)
 
 
+def layer_specs(cfg, run: Run) -> dict[str, Any]:
+  """The tree `{"attention": ..., "mlp": ...}` of one layer of a run."""
+  return {"attention": run.mechanism.param_specs(cfg, run.options), "mlp": layers.mlp_specs(cfg)}
+
+
 def specs(cfg) -> tuple[dict[str, Any], ...]:
-  """One tree `{"attention": ..., "mlp": ...}` per run, every leaf stacked over the run's layers."""
-  return tuple(
-    stack_specs(
-      {"attention": run.mechanism.param_specs(cfg, run.options), "mlp": layers.mlp_specs(cfg)},
-      run.n_layer,
-    )
-    for run in runs(cfg)
-  )
+  """One tree per run, every leaf stacked over the run's layers."""
+  return tuple(stack_specs(layer_specs(cfg, run), run.n_layer) for run in runs(cfg))
 
 
 def forward(params, x_BTC: jax.Array, ctx: Context, cfg) -> tuple[jax.Array, dict[str, jax.Array]]:
