@@ -63,18 +63,29 @@ def claim(
   return Claim(name, statement, asserted(measure), tolerance, asserted(broken), refs)
 
 
+class Exceeded(AssertionError):
+  """A measurement beyond its tolerance; `residual` is what was measured."""
+
+  def __init__(self, message: str, residual: float):
+    super().__init__(message)
+    self.residual = residual
+
+
 def _assert_within(name: str, residual: float, tolerance: float) -> None:
   if math.isnan(residual):
-    raise AssertionError(f"{name}: residual is NaN")
+    raise Exceeded(f"{name}: residual is NaN", residual)
   try:
     chex.assert_scalar_in(residual, -math.inf, tolerance)
   except AssertionError as e:
-    raise AssertionError(f"{name}: residual {residual:.3g} exceeds tolerance {tolerance:.3g}") from e
+    raise Exceeded(f"{name}: residual {residual:.3g} exceeds tolerance {tolerance:.3g}", residual) from e
 
 
 @dataclasses.dataclass(frozen=True)
 class ClaimResult:
-  """Outcome of one claim. `holds` needs both: the law passed and its broken twin was caught."""
+  """Outcome of one claim. `holds` needs both: the law passed and its broken twin was caught.
+
+  `control_residual` is what was measured on the broken twin.
+  """
 
   name: str
   statement: str
@@ -84,6 +95,7 @@ class ClaimResult:
   control_caught: bool
   seconds: float
   message: str = ""
+  control_residual: float | None = None
 
   @property
   def holds(self) -> bool:
@@ -101,15 +113,16 @@ def run_claims(claims: Iterable[Claim], key: jax.Array, scale: int = 1) -> list[
 
 def _run(c: Claim, key: jax.Array, scale: int) -> ClaimResult:
   start = time.perf_counter()
-  residual, passed, message = None, True, ""
+  residual, control_residual, passed, message = None, None, True, ""
   try:
     residual = float(c.check(key, scale))
   except AssertionError as e:
-    passed, message = False, str(e)
+    residual, passed, message = getattr(e, "residual", None), False, str(e)
   try:
-    c.negative_control(key, scale)
+    control_residual = c.negative_control(key, scale)
     caught = False
     message = "; ".join(filter(None, [message, f"{c.name}: the negative control passed the check"]))
-  except AssertionError:
-    caught = True
-  return ClaimResult(c.name, c.statement, residual, c.tolerance, passed, caught, time.perf_counter() - start, message)
+  except AssertionError as e:
+    control_residual, caught = getattr(e, "residual", None), True
+  seconds = time.perf_counter() - start
+  return ClaimResult(c.name, c.statement, residual, c.tolerance, passed, caught, seconds, message, control_residual)

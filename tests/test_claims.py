@@ -21,6 +21,7 @@ def test_a_claim_holds_only_when_law_passes_and_control_fails(key, residual, con
   assert (result.passed, result.control_caught) == (passed, caught)
   assert result.holds == (passed and caught)
   assert result.holds == (result.message == "")
+  assert (result.residual, result.control_residual) == pytest.approx((residual, control), nan_ok=True)
   if not result.holds:
     assert "t.law" in result.message
 

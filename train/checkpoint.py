@@ -24,6 +24,7 @@ from train.identity import listed, tree_problems
 SCHEMA = "mgr_jax.checkpoint.v1"
 SUBDIRECTORY = "checkpoints"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_PRUNED = ".pruned"  # a step leaves its place by one rename, so that a kill never leaves half of one
 
 
 class Checkpoints:
@@ -43,7 +44,10 @@ class Checkpoints:
     score = lambda metrics: metrics["val_bpb"]
     kept = checkpoint_managers.LatestN(keep), checkpoint_managers.BestN(get_metric_fn=score, reverse=True, n=1)
     self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept), best_fn=score, best_mode="min"
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+      best_fn=score,
+      best_mode="min",
+      todelete_subdir=_PRUNED,
     )
     self._manager: ocp.CheckpointManager | None = None
     ours = lambda p: (p / "meta").is_dir() or (p / "params").is_dir()
@@ -100,6 +104,10 @@ class Checkpoints:
     score = (metrics or {}).get("val_bpb", math.inf)  # what was not validated is never the best
     metrics = {"val_bpb": score if math.isfinite(score) else math.inf}
     try:
+      # Orbax's own threads would wait for minutes on a directory in which nothing can be made.
+      probe = self.directory / f".write-test-{os.getpid()}"
+      probe.mkdir(parents=True)
+      probe.rmdir()
       self._writer().save(step, args=ocp.args.Composite(**arrays, meta=record), metrics=metrics, force=True)
     except Exception as e:  # whatever the disk did, it must not stop the training
       self._failed(e)
@@ -134,6 +142,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
       except Exception as e:
         self._failed(e)
+      shutil.rmtree(self.directory / _PRUNED, ignore_errors=True)
 
   def close(self) -> None:
     """Waits, then stops the background threads."""
@@ -148,7 +157,7 @@ class Checkpoints:
   def _writer(self) -> ocp.CheckpointManager:
     if self._manager is None:
       for entry in self._entries():
-        if entry.name.endswith(_TEMPORARY):
+        if entry.name.endswith(_TEMPORARY) or entry.name == _PRUNED:
           shutil.rmtree(entry, ignore_errors=True)
       self._manager = ocp.CheckpointManager(self.directory, options=self._options)
     return self._manager

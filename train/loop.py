@@ -1,0 +1,313 @@
+"""One training run, from settings to artifacts. A notebook calls `run(Settings(max_steps=50, attention="braid"))`."""
+
+import gc
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgr_jax.data.stream import TrainIterator, train_iterator, validation_batches
+from mgr_jax.model import gpt
+from mgr_jax.params import fold_in_name
+from mgr_jax.problems import Problem
+from mgr_jax.schedules import NO_EVENT
+from train import dry_run, nonfinite, validate
+from train.artifacts import RunDirectory, new_run_id
+from train.certify import certify
+from train.checkpoint import Checkpoints
+from train.flags import Settings, command
+from train.journal import Journal
+from train.nonfinite import NonFinite
+from train.plan import Plan, make_optimizer, make_plan, make_schedule
+from train.resume import Start, describe, find_start
+from train.samples import draw_samples
+from train.signals import StopSignals
+from train.step import init_train_state, make_train_step
+from train.summary import config_hash
+
+MAX_PENDING = 100  # steps whose batches and metrics wait for the next log line
+EXIT_CODES = {"finished": 0, "stopped_time": 0, "failed": 1, "interrupted": 130}
+
+
+class Result(NamedTuple):
+  """How a run ended: `status` is a key of `EXIT_CODES` or `dry_run`; `summary` is the content of `summary.json`."""
+
+  status: str
+  exit_code: int
+  directory: Path | None
+  summary: dict[str, Any]
+
+
+def run(settings: Settings) -> Result:
+  """Trains, or goes on training, as the settings say.
+
+  Prints progress; writes `<workdir>/<run_id>/`. Raises `UserError`, before anything is compiled or written, with all
+  that is wrong with settings, data, tokenizer and checkpoint.
+  """
+  began = time.perf_counter()
+  plan = make_plan(settings, say=print)
+  for warning in plan.warnings:
+    print(f"warning: {warning.error}\n    fix: {warning.fix}")
+  if settings.dry_run:
+    print(dry_run.report(plan), flush=True)
+    return Result("dry_run", 0, None, {})
+  directory = RunDirectory(settings.workdir, settings.run_id or new_run_id(config_hash(settings)))
+  checkpoints = Checkpoints(directory.checkpoints, settings.ckpt_keep)
+  start = find_start(plan, directory, checkpoints)
+  if start.step > plan.steps or (start.step == plan.steps and start.earlier.get("status") == "finished"):
+    print(f"run {directory.path} has done {start.step} of {plan.steps} steps: nothing to do")
+    print(f"  train longer: {command(settings, run_id=directory.run_id, max_steps=2 * start.step, target_tokens=0)}")
+    return Result("finished", 0, directory.path, start.earlier)
+  batches = train_iterator(
+    plan.corpus,
+    plan.tokenizer,
+    seq_len=settings.seq_len,
+    batch_size=settings.batch_size,
+    seed=settings.seed,
+    threads=settings.data_threads,
+  )
+  try:
+    with batches:
+      return _Trainer(plan, directory, checkpoints, start, batches, began).run()
+  finally:
+    gc.unfreeze()
+
+
+class _Trainer:
+  """The moving parts of one run. `step` counts the updates that have been dispatched."""
+
+  def __init__(
+    self,
+    plan: Plan,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    start: Start,
+    batches: TrainIterator,
+    began: float,
+  ):
+    settings, cfg = plan.settings, plan.cfg
+    self.plan, self.settings, self.directory, self.checkpoints = plan, settings, directory, checkpoints
+    self.start, self.batches, self.began = start, batches, began
+    self.step = start.step
+    self.pending: list[tuple[int, dict[str, np.ndarray], Any]] = []
+    self.inputs = ("tokens", "targets", "segment_ids") if cfg.doc_mask else ("tokens", "targets")
+    self.val = None
+    if settings.val_every != -1:
+      self.val = validation_batches(
+        plan.corpus,
+        plan.tokenizer,
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        val_tokens=settings.val_tokens,
+      )
+    optimizer = make_optimizer(settings, gpt.specs(cfg), cfg)
+    schedule = make_schedule(settings, plan.steps)
+    self.train_step = make_train_step(
+      cfg,
+      optimizer,
+      schedule,
+      grad_accum=settings.grad_accum,
+      grad_clip=settings.grad_clip,
+      on_nonfinite=settings.on_nonfinite,
+    )
+    self._set_state(jax.jit(lambda: init_train_state(cfg, optimizer, schedule, settings.seed)))
+
+  def _set_state(self, init) -> None:
+    """Initial or restored state, and the place in the data that belongs to it."""
+    start, self.left_out = self.start, 0
+    if start.source is None:
+      self.state = init()
+    else:
+      self.state, data_state, _ = start.source.restore(jax.eval_shape(init), start.step)
+      self.left_out = self.batches.set_state(data_state, strict=self.settings.resume_strict)
+    self.limit = self.settings.skip_limit or 1
+    self.streak = int(self.state.nonfinite_streak)
+    if self.streak >= self.limit:  # a state saved under a more patient setting would refuse every update
+      self.state, self.streak = self.state.replace(nonfinite_streak=jnp.zeros((), jnp.int32)), 0
+
+  def run(self) -> Result:
+    """Everything after the checks."""
+    anew = self.start.source is None and self.directory.holds_a_run()
+    self.journal = Journal(self.plan, self.directory, self.start)
+    if anew:
+      self.journal.say("the directory holds a run without a finished checkpoint: it starts anew")
+    if self.start.source is not None:
+      source = str(self.start.source.directory)
+      self.journal.event("resume", self.step, source=source, tokens_left_out=self.left_out)
+      lost = f", {self.left_out} tokens left out" if self.left_out else ""
+      self.journal.say(f"resumes at step {self.step} of {source}{lost}")
+    try:
+      status, problem = self._train()
+    except BaseException as e:
+      self._close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed", f"{type(e).__name__}: {e}")
+      raise
+    self._close(status, problem and problem.error)
+    self.journal.say_goodbye(self.step)
+    if problem:
+      self.journal.say(str(problem))
+    exit_code = EXIT_CODES[status] or int(bool(self.journal.failures))
+    return Result(status, exit_code, self.directory.path, self.journal.summary)
+
+  def _close(self, status: str, error: str | None) -> None:
+    """Waits for the last checkpoint and writes the final summary."""
+    self.checkpoints.close()
+    self._note_failed_checkpoints()
+    self.journal.finish(status, error)
+    self._write_summary()
+    self.journal.close()
+
+  def _write_summary(self) -> None:
+    self.journal.write_summary(self.step - len(self.pending), self.batches.epoch)
+
+  def _train(self) -> tuple[str, Problem | None]:
+    """Certifies, compiles, and takes the steps. Returns the status and what went wrong."""
+    self._write_summary()
+    if not self.start.own and not self._certify():
+      return "failed", Problem("a claim does not hold", "do not trust this configuration; --certify=off trains anyway")
+    self._compile()
+    if self.step == 0:
+      self._validate()
+    try:
+      with StopSignals() as stop:
+        status = self._take_steps(stop)
+        finished = status == "finished"
+        self._boundary(validate_now=finished, sample_now=finished, save_now=True)
+    except NonFinite as e:
+      self.journal.say(nonfinite.report(e, self.state.params, self.plan.cfg, self.directory.path))
+      return "failed", Problem(str(e), "try a smaller --lr_scale, or drop such updates with --on_nonfinite=skip:5")
+    return status, None
+
+  def _certify(self) -> bool:
+    """Measures the claims; False when one does not hold."""
+    began = time.perf_counter()
+    claims = self.journal.summary["claims"] = certify(self.plan.cfg, self.settings.certify, self.settings.seed)
+    failed = [c for c in claims if not c["pass"]]
+    if claims:
+      seconds = time.perf_counter() - began
+      self.journal.say(f"claims     {len(claims) - len(failed)} of {len(claims)} hold ({seconds:.1f} s)")
+    for c in failed:
+      self.journal.say(f"claim failed: {c['name']}: {c['statement']}\n  {c['message']}")
+    return not failed
+
+  def _compile(self) -> None:
+    began = time.perf_counter()
+    shape = jax.ShapeDtypeStruct((self.settings.batch_size, self.settings.seq_len), jnp.int32)
+    self.compiled = self.train_step.lower(self.state, dict.fromkeys(self.inputs, shape)).compile()
+    seconds, peak = time.perf_counter() - began, dry_run.peak_bytes(self.compiled)
+    self.journal.summary["results"] |= {"compile_s": seconds, "peak_bytes": peak}
+    self.journal.say(f"compiled   in {seconds:.1f} s, {peak / 2**20:.0f} MiB\n")
+
+  def _take_steps(self, stop: StopSignals) -> str:
+    """Steps until the horizon, a signal or the time limit; returns the status that this gives the run."""
+    s = self.settings
+    self.journal.meter.resume()
+    while self.step < self.plan.steps:
+      self._advance()
+      if self.step == self.start.step + 1:
+        gc.collect()
+        gc.freeze()  # what exists now lives as long as the run: the collector need not look at it again
+      if self.step == self.plan.steps:
+        break
+      if stop.received is not None:
+        self.journal.say(f"{stop.received.name}: saving step {self.step}; once more to stop without saving")
+        return "interrupted"
+      if s.max_seconds and time.perf_counter() - self.began >= s.max_seconds:
+        self.journal.say(f"--max_seconds={s.max_seconds:g} are over: saving step {self.step}")
+        return "stopped_time"
+      due = lambda every: every > 0 and self.step % every == 0
+      self._boundary(due(s.val_every), due(s.sample_every), due(s.ckpt_every))
+    return "finished"
+
+  def _advance(self) -> None:
+    """Dispatches one step; then fetches the metrics of the step before it, if that one is logged."""
+    asked = time.perf_counter()
+    batch = next(self.batches)
+    self.journal.meter.wait(time.perf_counter() - asked)
+    batch = {name: batch[name] for name in self.inputs}
+    self.state, metrics = self.compiled(self.state, batch)
+    self.step += 1
+    self.pending.append((self.step, batch, metrics))
+    if self._is_logged(self.step - 1) or len(self.pending) > MAX_PENDING:
+      self._fetch(self.step - 1)
+
+  def _is_logged(self, step: int) -> bool:
+    return step in (1, self.plan.steps) or step % self.settings.log_every == 0
+
+  def _fetch(self, last: int) -> None:
+    """Reads the metrics of the pending steps up to `last` in one transfer; writes log lines and events.
+
+    Raises `NonFinite` when training has broken down: the updates after that step were dropped, so the parameters are
+    still those that broke.
+    """
+    due = [p for p in self.pending if p[0] <= last]
+    if not due:
+      return
+    self.pending = self.pending[len(due) :]
+    flags = lambda m: {name: m[name] for name in ("nonfinite", "event")}
+    fetched = jax.device_get([m if self._is_logged(step) else flags(m) for step, _, m in due])
+    for (step, batch, _), metrics in zip(due, fetched, strict=True):
+      if "loss" in metrics:
+        self.journal.log_step(step, metrics, int(self.plan.tokenizer.token_bytes[batch["targets"]].sum()))
+      if metrics["event"] != NO_EVENT:
+        self.journal.event("schedule", step, code=metrics["event"])
+      self.streak = self.streak + 1 if metrics["nonfinite"] else 0
+      if self.streak >= self.limit:
+        self.journal.event("nonfinite", step)
+        raise NonFinite(step, batch)
+      if self.streak:
+        self.journal.event("skip", step, in_a_row=self.streak)
+
+  def _boundary(self, validate_now: bool = False, sample_now: bool = False, save_now: bool = False) -> None:
+    """Validates, samples and saves between two steps; this time does not count as training.
+
+    The checkpoint comes last: once it exists, everything about its steps is in `metrics.jsonl`.
+    """
+    if not (validate_now or sample_now or save_now):
+      return
+    self._fetch(self.step)
+    self.journal.meter.pause()
+    if validate_now:
+      self._validate()
+    if sample_now:
+      self._sample()
+    if save_now:
+      self._save()
+    self._write_summary()
+    self.journal.meter.resume()
+
+  def _validate(self) -> None:
+    """Validates, unless validation is off or this step was validated before it was saved and restored."""
+    if self.val is None or self.journal.validation(self.step):
+      return
+    plan, began, unigram = self.plan, time.perf_counter(), None
+    score = validate.score(self.state.params, self.val, plan.tokenizer, plan.cfg)
+    seconds = time.perf_counter() - began
+    if self.journal.summary["results"]["unigram_bpb"] is None:
+      counts = validate.unigram_counts(plan.corpus, plan.tokenizer, self.settings.seed)
+      unigram = validate.unigram_score(counts, self.val, plan.tokenizer)
+    self.journal.log_validation(self.step, score, seconds, unigram)
+
+  def _sample(self) -> None:
+    if self.settings.sample_every == -1 or self.journal.events("sample", self.step):
+      return
+    key = jax.random.fold_in(fold_in_name(jax.random.key(self.settings.seed), "sample"), self.step)
+    prompts = self.settings.sample_prompt
+    samples = draw_samples(self.state.params, prompts, self.plan.tokenizer, self.plan.cfg, key)
+    self.journal.log_samples(self.step, samples)
+
+  def _save(self) -> None:
+    record = self.journal.validation(self.step)
+    metrics = {"val_bpb": float(record["val_bpb"])} if record else None
+    meta = describe(self.plan, self.directory.run_id, self.start.lineage)
+    self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, metrics)
+    self._note_failed_checkpoints()
+    self.journal.event("checkpoint", self.step)
+
+  def _note_failed_checkpoints(self) -> None:
+    while self.checkpoints.failures:
+      failure = self.checkpoints.failures.pop(0)
+      self.journal.event("checkpoint_failed", self.step, error=failure.error)
+      self.journal.fail(failure)

@@ -1,0 +1,131 @@
+"""Settings, model, data and tokenizer of a run, checked together before anything is compiled or written."""
+
+import dataclasses
+import types
+from collections.abc import Callable
+
+import jax
+
+from mgr_jax import optim, schedules
+from mgr_jax.attention import model_problems
+from mgr_jax.config import GPTConfig
+from mgr_jax.data import stream
+from mgr_jax.data import tokenizer as tokenizer_lib
+from mgr_jax.data.builtin import builtin_corpus, cache_dir
+from mgr_jax.data.corpus import Corpus, load_corpus
+from mgr_jax.data.tokenizer import Tokenizer
+from mgr_jax.model import gpt
+from mgr_jax.params import is_spec
+from mgr_jax.problems import Problem, UserError, raise_if_any
+from train.flags import Settings, arguments_of, setting_problems
+from train.samples import prompt_problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A run that can start: `steps` updates of `cfg` on `corpus`."""
+
+  settings: Settings
+  cfg: GPTConfig
+  corpus: Corpus
+  tokenizer: Tokenizer
+  steps: int
+  warnings: tuple[Problem, ...]
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.settings.batch_size * self.settings.seq_len
+
+  @property
+  def flops_per_token(self) -> float:
+    """Forward once, backward twice, and forward once more when layers are recomputed."""
+    return gpt.cost(self.cfg).flops * (4 if self.cfg.remat == "full" else 3)
+
+  @property
+  def parameters(self) -> dict[str, int]:
+    """Number of parameters by role."""
+    counts: dict[str, int] = {}
+    for spec in jax.tree.leaves(gpt.specs(self.cfg), is_leaf=is_spec):
+      counts[spec.role] = counts.get(spec.role, 0) + spec.size
+    return counts
+
+
+def make_optimizer(settings: Settings, specs, cfg: GPTConfig):
+  """The optimizer of the settings for the parameters that `specs` describes. Raises `UserError`."""
+  known = optim.optimizer_settings(settings.optimizer)
+  return optim.make_optimizer(settings.optimizer, specs, cfg, **arguments_of(settings, "optimizer", known))
+
+
+def make_schedule(settings: Settings, steps: int) -> schedules.Schedule:
+  """The schedule of the settings over `steps` updates. Raises `UserError`."""
+  known = schedules.schedule_settings(settings.schedule)
+  return schedules.make_schedule(settings.schedule, steps, **arguments_of(settings, "schedule", known))
+
+
+def matrix_rate(settings: Settings) -> float:
+  """The learning rate of hidden matrices before the schedule's multiplier: the `lr` that is logged."""
+  return settings.lr_scale * (settings.matrix_lr or optim.optimizer_settings(settings.optimizer)["matrix_lr"])
+
+
+def planned_steps(settings: Settings) -> int:
+  """Updates of the run; `target_tokens` is rounded up to whole updates."""
+  tokens_per_step = max(1, settings.batch_size * settings.seq_len)
+  return -(-settings.target_tokens // tokens_per_step) if settings.target_tokens > 0 else settings.max_steps
+
+
+def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Plan:
+  """Checks everything and returns the plan; `say` is told when that takes long.
+
+  Raises:
+    UserError: with all problems of settings, model, data and tokenizer at once.
+  """
+  problems = setting_problems(settings)
+  steps = planned_steps(settings)
+  model = model_fields(settings)
+  asked = types.SimpleNamespace(vocab_size=tokenizer_lib.MIN_VOCAB, **model)
+  problems += model_problems(asked)
+  for make in (lambda: make_optimizer(settings, {}, asked), lambda: make_schedule(settings, max(1, steps))):
+    try:
+      make()
+    except UserError as e:
+      problems += e.problems
+  corpus, tok = None, None
+  try:
+    # Building the builtin corpus takes seconds: not for a run that cannot start.
+    if settings.data != "builtin" or not problems:
+      if settings.data == "builtin" and not any(cache_dir().glob("builtin-*")):
+        say("building the builtin corpus and its tokenizer, about ten seconds ...")
+      directory = builtin_corpus() if settings.data == "builtin" else settings.data
+      need_val = settings.val_every != -1
+      corpus = load_corpus(directory, settings.text_column, settings.val_from_train, need_val)
+  except UserError as e:
+    problems += e.problems
+  try:
+    # Without its data, an automatic tokenizer could only repeat that the data is missing.
+    if corpus is not None or settings.tokenizer not in ("auto", "gpt2"):
+      tok = tokenizer_lib.resolve(settings.tokenizer, corpus.directory if corpus else settings.data)
+  except UserError as e:
+    problems += e.problems
+  if tok is not None:
+    problems += prompt_problems(settings.sample_prompt, tok, settings.seq_len)
+  raise_if_any(dict.fromkeys(problems))
+  cfg = GPTConfig(vocab_size=tok.vocab_size, **model)
+  repeated = stream.repetition(corpus, tok, steps * settings.batch_size * settings.seq_len)
+  return Plan(settings, cfg, corpus, tok, steps, corpus.warnings + ((repeated,) if repeated else ()))
+
+
+def model_fields(s: Settings) -> dict:
+  """The fields of `GPTConfig` that the settings decide: all but the vocabulary."""
+  names = ("seq_len", "n_layer", "n_head", "n_embd", "attention", "mlp", "mlp_ratio", "logit_softcap", "rope_base")
+  names += ("doc_mask", "remat", "loss_chunk")
+  dtype = automatic_dtype() if s.compute_dtype == "auto" else s.compute_dtype
+  return {name: getattr(s, name) for name in names} | {"n_kv_head": s.n_kv_head or s.n_head, "compute_dtype": dtype}
+
+
+def automatic_dtype() -> str:
+  """bfloat16 where it is the fast type: on TPUs, and on GPUs of compute capability 8 and up."""
+  device = jax.devices()[0]
+  if device.platform == "tpu":
+    return "bfloat16"
+  capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+  return "bfloat16" if capability and float(capability) >= 8 else "float32"
