@@ -56,7 +56,7 @@ def last_step(run: Path) -> int:
 def is_saving(run: Path) -> bool:
   """A checkpoint directory that does not have its final name yet."""
   checkpoints = run / "checkpoints"
-  return checkpoints.is_dir() and any(not p.name.isdigit() for p in checkpoints.iterdir())
+  return checkpoints.is_dir() and any(p.name.endswith(".orbax-checkpoint-tmp") for p in checkpoints.iterdir())
 
 
 def kill_once(arguments: list[str], directory: Path, run: Path, rng: random.Random, while_saving: bool) -> str:

@@ -1,8 +1,8 @@
 """Braid attention: gated sums, stick-breaking sweeps and braid words in place of softmax attention.
 
-`soft` and `discrete` are masked sums with sigmoid or step gates; executing the braid word σ_1 ··· σ_k under the swap law
-gives a discrete layer's sum, but no braid relation is needed to compute it. `monodromy` sweeps a strand past its keys,
-and in `word` the tokens are braid letters. Crossing laws and link invariants are in `algebra.braid`.
+`soft` and `discrete` are masked sums with sigmoid or step gates. Executing the word σ_1 ··· σ_k under the swap law
+gives a discrete layer's sum, but no braid relation is needed to compute it. `monodromy` sweeps a strand past its keys;
+in `word` the tokens are braid letters. Crossing laws and link invariants are in `algebra.braid`.
 """
 
 import dataclasses
@@ -87,8 +87,8 @@ def schedule(params, x_TC: jax.Array, t: int, cfg, opts: Options) -> tuple[jax.A
 
   Returns:
     order int32 [H, t+1], the keys 0 .. t by descending score (equal for all query heads of a key/value head unless
-    `recency`), and k int32 [H]: head h selects order[h, :k[h]]. `algebra.additive_gate.execute_schedule` turns them into
-    the sum by executing σ_1 ··· σ_k.
+    `recency`), and k int32 [H]: head h selects order[h, :k[h]]. `algebra.additive_gate.execute_schedule` turns them
+    into the sum by executing σ_1 ··· σ_k.
 
   Raises:
     ValueError: the options do not describe additive discrete gates.

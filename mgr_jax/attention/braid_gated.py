@@ -1,6 +1,6 @@
 """Modes `soft` and `discrete`: gated sums y_i = N(Σ_{j≤i} w_ij v_j) with w = σ(logit) or step(logit).
 
-With additive logits a_i + b_j every query ranks the keys alike (its selections are nested), so one such layer selects by
+With additive logits a_i + b_j every query ranks the keys alike (selections are nested), so one such layer selects by
 threshold and cannot recall by content; `score=bilinear` can. Without recency y_i is a symmetric function of the pairs
 (b_j, v_j), j <= i. See `braid_chebyshev` and `braid_sorted` for what the additive form buys.
 """
@@ -203,9 +203,9 @@ def _cache_mask(ctx, cache_BS):
 def cost(cfg, opts: Options, T: int) -> Cost:
   """Per token: scores, gates over the visible keys (4 vector operations each), values at 2·D FLOPs per gate.
 
-  tiled, reference: T/2 gates per head. chebyshev: half a chunk of gates, r² for the features and 2·r·(D+1) FLOPs to read
-  (per head) and to write (per key/value head) the state. sorted: half a base block, and per doubling one prefix sum per
-  key/value head and one gathered row per head.
+  tiled, reference: T/2 gates per head. chebyshev: half a chunk of gates, 2·r² FLOPs for the features and 2·r·(D+1) to
+  read (per head) and to write (per key/value head) the state. sorted: half a base block, and per doubling one prefix
+  sum per key/value head and one gathered row per head.
   """
   H, K, D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
   impl, kind = implementation(opts, T), _state_kind(opts)

@@ -1,5 +1,5 @@
-"""Mode `monodromy`: query i crosses its keys from right to left, each crossing takes the share β_ij = σ(logit_ij) of what
-is left, and the remainder goes to a learned null value: y_i = Σ_j A_ij v_j + (1 - Σ_j A_ij) v_∅.
+"""Mode `monodromy`: query i crosses its keys from right to left, each crossing takes the share β_ij = σ(logit_ij) of
+what is left, and the remainder goes to a learned null value: y_i = Σ_j A_ij v_j + (1 - Σ_j A_ij) v_∅.
 
 Σ_j A_ij + remainder = 1 is an identity of stick-breaking, true for any β. With `score=rapidity` β = b/(b+c) of the
 six-vertex R-matrix at u_i - u_j: content-independent, no queries or keys.
@@ -112,7 +112,7 @@ def step(params, x_BtC, v_BtKD, state: SweepCache, ctx, cfg, opts: Options):
 
 
 def cost(cfg, opts: Options, T: int) -> Cost:
-  """Per token and head, T/2 keys: 2·D FLOPs for values (and 2·D for bilinear logits), 3 exponentials, 8 vector operations.
+  """Per token and head T/2 keys, each 2·D FLOPs for the value (2·D more for bilinear logits), 3 exp, 8 vector steps.
 
   The early stop of sharp sweeps and the triangular products that replace cumulative sums are not counted.
   """

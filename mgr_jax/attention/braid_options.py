@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from mgr_jax.attention.braid_chebyshev import interpolation_error
+
 MODES = ("soft", "discrete", "monodromy", "word")
 NORMS = ("sqrt_mass", "mass", "sqrt_count", "none")
 SCORES = {
@@ -12,11 +14,13 @@ SCORES = {
 }
 """Scores of each mode; `auto` is the first."""
 
+MAX_GATE_ERROR = 1e-3  # A named `chebyshev` must be an implementation of σ, not another function.
+
 WORD_LAWS = ("burau", "perm")
 NOT_WORD_LAWS = {
   "restricted": "it is no braid representation: s1 s2 s1 - s2 s1 s2 adds (y2, y1 - y3, -y2) to the accumulators",
   "stochastic": "the six-vertex law divided by b + c breaks the braid relation (residual 3e-3 on a random instance)",
-  "swap": "it acts on pairs (accumulator, payload) and grows without bound, while the word state needs a convex mixture",
+  "swap": "it acts on pairs (accumulator, payload) and grows without bound; the word state needs a convex mixture",
 }
 
 
@@ -25,8 +29,8 @@ class Options:
   """Options of `braid`.
 
   Args:
-    mode: `soft` gates σ(logit), `discrete` gates step(logit), `monodromy` (stick-breaking sweep), `word` (letters act on
-      strands).
+    mode: `soft` gates σ(logit), `discrete` gates step(logit), `monodromy` (stick-breaking sweep), `word` (letters act
+      on strands).
     score: `additive` a_i + b_j, `bilinear` <q_i, k_j>/√D, `rapidity` (monodromy only: position differences), or `auto`:
       bilinear for monodromy, else additive.
     norm: of the gated sum: by √(1 + Σw) (`sqrt_mass`), 1 + Σw (`mass`), √(i+1) (`sqrt_count`), or `none`.
@@ -36,8 +40,8 @@ class Options:
       obvious form), or `auto`.
     cheb_rank: interpolation nodes of `chebyshev`, 8 to 64.
     bound_M: additive scores are squashed into (-M, M).
-    bins: quantises discrete additive key scores to a power of two of levels, which makes the decode state O(bins); 0 does
-      not.
+    bins: quantises discrete additive key scores to this power of two of levels, so that the decode state is O(bins); 0
+      keeps them exact.
     strands: of `word`, 2 to 64.
     word_law: `burau` with a learned t per head, or `perm` (t = 1).
     word_gate: `soft` mixes letters, `hard` takes the most likely one (straight-through gradient).
@@ -100,6 +104,13 @@ class Options:
       ),
     }
     ok, why = allowed.get(self.impl, (True, ""))
+    error = interpolation_error(self.cheb_rank, self.bound_M)
+    if self.impl == "chebyshev" and ok and error > MAX_GATE_ERROR:
+      ranks = [r for r in range(8, 65) if interpolation_error(r, self.bound_M) <= MAX_GATE_ERROR]
+      raise ValueError(
+        f"braid option cheb_rank={self.cheb_rank} with bound_M={self.bound_M:g} leaves gate errors up to {error:.0e}; "
+        f"use cheb_rank of at least {ranks[0]}"
+      )
     if not ok:
       setting = f"mode={self.mode}" + (f", score={self.scoring}" if gated else "") + f", recency={self.recency}".lower()
       raise ValueError(f"braid option impl={self.impl} cannot serve {setting}: {why}")

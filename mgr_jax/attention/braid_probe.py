@@ -16,10 +16,10 @@ QUANTILES = (0.1, 0.5, 0.9)
 def gate_diagnostics(score: Score, q, k, mass_BTH, n_kv_head: int, ctx, opts: Options) -> dict[str, jax.Array]:
   """Float32 scalars and small arrays, from at most the last 64 queries of each row.
 
-  gate_mean, gate_variance: over visible pairs. mass: mean Σ_j w_ij. selected_quantiles (discrete): 10, 50 and 90 % points
-  of the selected share of the visible keys. saturation: share of scores with |a|, |b| > 0.95·M (additive). interpolation:
-  largest error of the Chebyshev gates (soft additive without recency). non_nested: share of query pairs whose selections
-  are not ordered by inclusion (bilinear; zero by construction otherwise).
+  gate_mean, gate_variance: over visible pairs. mass: mean Σ_j w_ij. selected_quantiles (discrete): 10, 50 and 90 %
+  points of the selected share of the visible keys. saturation: share of scores with |a|, |b| > 0.95·M (additive).
+  interpolation: largest error of the Chebyshev gates (soft additive without recency). non_nested: share of query pairs
+  whose selections are not ordered by inclusion (bilinear; zero by construction otherwise).
   """
   T = mass_BTH.shape[1]
   start = max(0, T - QUERIES)

@@ -1,7 +1,7 @@
 """Scores of the braid gates: additive a_i + b_j, bilinear <q_i, k_j>/√D + β, and rapidity differences.
 
-Each score is a pair of per-token trees (query side, key side) and a `Score` that combines them, so the gated sum and the
-stick-breaking sweep do not know which one they run.
+Each score is a pair of per-token trees (query side, key side) and a `Score` that combines them, so the gated sum and
+the stick-breaking sweep do not know which one they run.
 """
 
 import jax

@@ -76,7 +76,7 @@ def _from_left_halves(a, descent, order, v, segments):
 
 
 def _exclusive_prefix_sums(x):
-  """[..., size, D] -> [..., size + 1, D], by triangular products of 32 rows; several times faster than a cumsum on CPU."""
+  """[..., size, D] -> [..., size + 1, D], by triangular products of 32 rows: much faster than cumsum on CPU."""
   *lead, size, D = x.shape
   x = x.reshape(*lead, size // PREFIX_BLOCK, PREFIX_BLOCK, D)
   lower = jnp.tril(jnp.ones((PREFIX_BLOCK, PREFIX_BLOCK), x.dtype))
@@ -103,8 +103,8 @@ def sorted_gated_sum(soft, a_BTH, b_BTG, v_BTKD, segment_ids_BT):
   """Σ_{j≤i, a_i+b_j>0} v_j [B, T, H, D] and the number of selected keys [B, T, H], float32.
 
   Args:
-    soft: `(a, b, v, segment_ids) -> (sum, mass)` with the gates σ(a_i + b_j): the straight-through gradient of a and b is
-      the gradient of this function. The gradient of v is exact.
+    soft: `(a, b, v, segment_ids) -> (sum, mass)` with the gates σ(a_i + b_j): the straight-through gradient of a and b
+      is the gradient of this function. The gradient of v is exact.
     b_BTG: key scores per key/value head (G = K) or, where they differ, per query head (G = H).
   """
   return _sorted_forward(a_BTH, b_BTG, v_BTKD, segment_ids_BT)

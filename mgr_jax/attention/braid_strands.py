@@ -2,13 +2,13 @@
 
 S_t = M_t S_{t-1} + write_t v_tᵀ,   y_t = S_tᵀ read_t,   M_t tridiagonal [n, n], S [n, D]
 
-Because the transitions act on strands only, y_t = Σ_{s≤t} (read_tᵀ M_t ··· M_{s+1} write_s) v_s + (read_tᵀ M_t ··· M_1)ᵀ S_0:
-the tokens of a chunk are scanned with strand vectors alone, for all chunks at once, and values enter only through matrix
-products. A short scan over chunks carries S. With chunks of C tokens the cost per token and head is n·(n + C)
+Because the transitions act on strands only,
+y_tᵀ = Σ_{s≤t} (read_tᵀ M_t ··· M_{s+1} write_s) v_sᵀ + (read_tᵀ M_t ··· M_1) S_0:
+the tokens of a chunk are scanned with strand vectors alone, for all chunks at once, and values enter only through
+matrix products. A short scan over chunks carries S. With chunks of C tokens the cost per token and head is n·(n + C)
 elementwise and 2·D·(C + 2n) FLOPs in products. (Chunked linear recurrences as in Yang et al., 2024, arXiv 2406.06484.)
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ MAX_CHUNK = 32
 class Letters(NamedTuple):
   """What each token does to the strands. Bands of M [B, K, R, T, n], with lower[..., 0] = upper[..., n-1] = 0.
 
-  M[i, i-1] = lower[i], M[i, i] = diag[i], M[i, i+1] = upper[i]; write and read [B, K, R, T, n]; restart [B or 1, 1, 1, T]
-  is 1 where the state before the token is replaced by the initial one, else 0.
+  M[i, i-1] = lower[i], M[i, i] = diag[i], M[i, i+1] = upper[i]; write and read [B, K, R, T, n]; restart
+  [B or 1, 1, 1, T] is 1 where the state before the token is replaced by the initial one, else 0.
   """
 
   lower: jax.Array
@@ -122,7 +122,7 @@ def _initial_rows(n, C, dtype):
 
 
 def _advance(Z, bands, write, t):
-  """M Z + write e_{n+t}ᵀ. Rows are separate arrays, since shifting one array along the strands is 7 times slower on CPU."""
+  """M Z + write e_{n+t}ᵀ. Rows are separate arrays: shifting one array along the strands is 7 times slower on CPU."""
   column = (jnp.arange(Z[0].shape[0]) == len(Z) + t).astype(write.dtype)[:, None]
   return tuple(row + w * column for row, w in zip(_bands(Z, *bands), write, strict=True))
 
@@ -141,7 +141,7 @@ def _paths_bwd_rule(args, cotangents):
   """The adjoint runs the transposed transitions backwards: Λ_t = read_t dp_tᵀ + M_{t+1}ᵀ Λ_{t+1}."""
   lower, diag, upper, write, read, restart = args
   d_paths, d_last = cotangents
-  C, n, L = write.shape
+  C, n, _ = write.shape
   before = _paths_forward(*args)[2]
   transposed = jnp.roll(upper, 1, 1), diag, jnp.roll(lower, -1, 1)
   along = lambda adjoint, rows: jnp.stack([jnp.sum(a * z, 0) for a, z in zip(adjoint, rows, strict=True)])

@@ -3,9 +3,9 @@
 Query i moves left past its keys; each crossing takes the share β of what is left. The remainder Π(1 - β) = 1 - Σ_j A_ij
 never reaches a key. (Tan et al., 2024, arXiv 2410.17980; Csordás et al., 2021, arXiv 2110.07732.)
 
-Tiles of keys are processed from the diagonal leftwards and carry L = Σ log(1 - β) per query. A query whose remainder has
-fallen below e^-20 takes nothing more, and a tile of queries stops when that is true of all of them, so a sharp sweep
-costs O(T) and a flat one T²·D FLOPs per head; memory is O(T). Layout as in `braid_gates`.
+Tiles of keys are processed from the diagonal leftwards and carry L = Σ log(1 - β) per query. A query whose remainder
+has fallen below e^-20 takes nothing more, and a tile of queries stops when that is true of all of them, so a sharp
+sweep costs O(T) and a flat one T²·D FLOPs per head; memory is O(T). Layout as in `braid_gates`.
 """
 
 import functools

@@ -2,9 +2,9 @@
 
 S_t = (1 - g_t p_t) ∘ (G_t S_{t-1}) + g_t p_t v_tᵀ,   y_t = ρ_tᵀ S_t,   G_t = π_0 I + Σ_i π_i B_i(t_h)
 
-B_i is the Burau matrix [[1-t, t], [1, 0]] on strands i, i+1, so for 0 < t <= 1 every step is a convex mixture of strands:
-S stays bounded, equal positive words act equally, and t = 1 permutes. Hard letters track the symmetric group exactly,
-which fixed-depth softmax attention cannot do at unbounded length (Merrill et al., 2024, arXiv 2404.08819).
+B_i is the Burau matrix [[1-t, t], [1, 0]] on strands i, i+1, so for 0 < t <= 1 every step is a convex mixture of
+strands: S stays bounded, equal positive words act equally, and t = 1 permutes. Hard letters track the symmetric group
+exactly; fixed-depth softmax attention cannot, unless TC0 = NC1 (Merrill et al., 2024, arXiv 2404.08819).
 """
 
 import jax
