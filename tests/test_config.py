@@ -122,3 +122,13 @@ def test_config_is_hashable_and_refuses_at_construction():
 def test_resolve_gives_one_layer_each():
   layers = resolve(GPTConfig(n_layer=3, attention="standard(window=4),standard"))
   assert [layer.options.window for layer in layers] == [4, 0, 4]
+
+
+def test_the_package_offers_what_a_notebook_needs():
+  import mgr_jax
+
+  assert mgr_jax.GPTConfig is GPTConfig
+  assert "standard" in mgr_jax.attention_names()
+  assert set(mgr_jax.__all__) == {"GPTConfig", "attention_names", "generate"}
+  with pytest.raises(AttributeError, match="nothing"):
+    _ = mgr_jax.nothing
