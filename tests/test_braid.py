@@ -18,6 +18,7 @@ from mgr_jax.attention import (
   braid_sorted,
   braid_strands,
   braid_sweep,
+  mechanism,
 )
 from mgr_jax.attention.braid_options import Options
 from mgr_jax.attention.braid_scores import ADDITIVE, BILINEAR, BOUNDED_ADDITIVE, RAPIDITY
@@ -167,9 +168,9 @@ class TestClosedForms:
     mask = braid_gates.causal_mask(T, segments(T))
 
     def exact(a, b, v):
-      a, b = (braid_gates.group_heads(x, K) for x in (a, b))
+      a, b = (mechanism.group_heads(x, K) for x in (a, b))
       sums = braid_gates.dense_gated_sum(ADDITIVE, hard, a, b, v.swapaxes(1, 2), mask)
-      return jax.tree.map(braid_gates.ungroup_heads, sums)
+      return jax.tree.map(mechanism.ungroup_heads, sums)
 
     return exact
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from mgr_jax.algebra.additive_gate import chebyshev_features, chebyshev_nodes
-from mgr_jax.attention.braid_gates import gated_sum, group_heads, ungroup_heads, wide
+from mgr_jax.attention.braid_gates import gated_sum, wide
 from mgr_jax.attention.braid_scores import BOUNDED_ADDITIVE
+from mgr_jax.attention.mechanism import group_heads, ungroup_heads
 from mgr_jax.attention.tiles import pad_to, padded_length
 
 CHUNK = 128

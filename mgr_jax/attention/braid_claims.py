@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.attention.braid_chebyshev import chebyshev_gated_sum, interpolation_error
-from mgr_jax.attention.braid_gates import causal_mask, dense_gated_sum, group_heads, ungroup_heads
+from mgr_jax.attention.braid_gates import causal_mask, dense_gated_sum
 from mgr_jax.attention.braid_scores import ADDITIVE
 from mgr_jax.attention.braid_sorted import sorted_gated_sum
 from mgr_jax.attention.braid_sweep import sweep
-from mgr_jax.attention.mechanism import Context, Mechanism, rope_tables
+from mgr_jax.attention.mechanism import Context, Mechanism, group_heads, rope_tables, ungroup_heads
 from mgr_jax.claims import Check, Claim, claim
 from mgr_jax.config import GPTConfig
 

@@ -17,14 +17,21 @@ from mgr_jax.attention.braid_gates import (
   causal_mask,
   dense_gated_sum,
   gated_sum,
-  group_heads,
-  ungroup_heads,
 )
 from mgr_jax.attention.braid_options import Options
 from mgr_jax.attention.braid_probe import gate_diagnostics
 from mgr_jax.attention.braid_scores import ADDITIVE, BILINEAR, BOUNDED_ADDITIVE
 from mgr_jax.attention.braid_sorted import BASE, sorted_gated_sum
-from mgr_jax.attention.mechanism import append, init_cache, project_heads, rms_norm, rotate, write_rows
+from mgr_jax.attention.mechanism import (
+  append,
+  group_heads,
+  init_cache,
+  project_heads,
+  rms_norm,
+  rotate,
+  ungroup_heads,
+  write_rows,
+)
 from mgr_jax.attention.tiles import TILE
 from mgr_jax.flops import Cost
 

@@ -13,9 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mgr_jax.attention.tiles import TILE, join_tiles, pad_to, padded_length, spans, split_tiles, visible
+from mgr_jax.attention.tiles import (
+  join_tiles,
+  pad_to,
+  padded_length,
+  segment_axes,
+  spans,
+  split_tiles,
+  tile_mask,
+  tile_numbers,
+  visible,
+)
 
 LOGIT_FLOOR = -80.0  # exp(80) is finite in float32, and σ(-80) = 2e-35 is zero for every purpose.
 
@@ -47,18 +56,6 @@ def wide(dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def group_heads(x_BTH: jax.Array, n_kv_head: int) -> jax.Array:
-  """[B, T, H, ...] -> [B, K, R, T, ...]."""
-  B, T, H = x_BTH.shape[:3]
-  return jnp.moveaxis(x_BTH.reshape(B, T, n_kv_head, H // n_kv_head, *x_BTH.shape[3:]), 1, 3)
-
-
-def ungroup_heads(x_BKRT: jax.Array) -> jax.Array:
-  """Inverse of `group_heads`."""
-  B, K, R, T = x_BKRT.shape[:4]
-  return jnp.moveaxis(x_BKRT, 3, 1).reshape(B, T, K * R, *x_BKRT.shape[4:])
-
-
 @jax.custom_jvp
 def hard_gate(logit: jax.Array) -> jax.Array:
   """1 where logit > 0, else 0 (a tie is not selected), with the derivative of σ(logit): straight through.
@@ -73,13 +70,6 @@ def _hard_gate_jvp(primals, tangents):
   (logit,), (d_logit,) = primals, tangents
   gate = jax.nn.sigmoid(logit)
   return hard_gate(logit), gate * (1 - gate) * d_logit
-
-
-def segment_axes(q_segment_Bt, k_segment_BS):
-  """Segment numbers shaped to compare as [B, 1, 1, t, S], or a pair of `None`."""
-  if q_segment_Bt is None:
-    return None, None
-  return q_segment_Bt[:, None, None, :, None], k_segment_BS[:, None, None, None, :]
 
 
 def causal_mask(T: int, segment_ids_BT=None, strict: bool = False):
@@ -112,14 +102,14 @@ def gated_sum(score: Score, hard: bool, q, k, v, segment_ids_BT):
 
 def _forward(score, hard, q, k, v, segment_ids):
   T = v.shape[2]
-  q, k, v, segment_ids = _pad(q, k, v, segment_ids)
+  q, k, v, segment_ids = pad_inputs(q, k, v, segment_ids)
   outs, masses = [], []
   for span in spans(v.shape[2]):
     keys, values = _keys(span, k, v)
 
     def tile(_, xs, span=span, keys=keys, values=values):
       i, q_tile = xs
-      mask = _tile_mask(span, i, segment_ids, score.strict)
+      mask = tile_mask(span, i, segment_ids, strict=score.strict)
       if hard:
         gate = jnp.where(mask, hard_gate(score.logit(q_tile, keys)), 0.0)
       else:
@@ -127,7 +117,7 @@ def _forward(score, hard, q, k, v, segment_ids):
       out = jnp.einsum("bkrts,bksd->bkrtd", gate.astype(values.dtype), values, preferred_element_type=wide(v.dtype))
       return None, (out, jnp.sum(gate, -1))
 
-    _, (out, mass) = jax.lax.scan(tile, None, (_tile_numbers(span), _split(q, span)))
+    _, (out, mass) = jax.lax.scan(tile, None, (tile_numbers(span), _split(q, span)))
     outs.append(join_tiles(out, 3))
     masses.append(join_tiles(mass, 3))
   return jnp.concatenate(outs, 3)[:, :, :, :T], jnp.concatenate(masses, 3)[..., :T]
@@ -141,7 +131,7 @@ def _bwd_rule(score, hard, saved, cotangents):
   """dV = wᵀ dO and dlogit = w(1-w)(dO Vᵀ + dmass); with odds p = exp(-logit), w = 1/(1+p) and 1-w = p·w."""
   q, k, v, segment_ids = saved
   T, dtype = v.shape[2], v.dtype
-  q, k, v, segment_ids = _pad(q, k, v, segment_ids)
+  q, k, v, segment_ids = pad_inputs(q, k, v, segment_ids)
   d_out, d_mass = (pad_to(d, v.shape[2], 3) for d in cotangents)
   dk, dv = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), (k, v))
   dqs = []
@@ -150,7 +140,7 @@ def _bwd_rule(score, hard, saved, cotangents):
 
     def tile(carry, xs, span=span, keys=keys, values=values):
       i, q_tile, d_tile, d_mass_tile = xs
-      mask = _tile_mask(span, i, segment_ids, score.strict)
+      mask = tile_mask(span, i, segment_ids, strict=score.strict)
       odds = score.odds(q_tile, keys)
       soft = jnp.where(mask, 1 / (1 + odds), 0.0)
       gate = jnp.where(mask, hard_gate(score.logit(q_tile, keys)), 0.0) if hard else soft
@@ -162,7 +152,7 @@ def _bwd_rule(score, hard, saved, cotangents):
       return jax.tree.map(jnp.add, carry, (dk_tile, dv_tile)), dq
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), (keys, values))
-    tiles = (_tile_numbers(span), _split(q, span), *_split((d_out, d_mass), span))
+    tiles = (tile_numbers(span), _split(q, span), *_split((d_out, d_mass), span))
     (dk_seen, dv_seen), dq = jax.lax.scan(tile, zeros, tiles)
     dk = jax.tree.map(lambda a, d, span=span: a.at[:, :, :, : span.stop].add(d), dk, dk_seen)
     dv = dv.at[:, :, : span.stop].add(dv_seen)
@@ -175,7 +165,8 @@ def _bwd_rule(score, hard, saved, cotangents):
 gated_sum.defvjp(_fwd_rule, _bwd_rule)
 
 
-def _pad(q, k, v, segment_ids):
+def pad_inputs(q, k, v, segment_ids):
+  """Everything padded to whole tiles; padding belongs to a document of its own."""
   length = padded_length(v.shape[2])
   if segment_ids is not None:
     segment_ids = pad_to(segment_ids, length, 1, value=-1)
@@ -189,17 +180,3 @@ def _keys(span, k, v):
 
 def _split(tree, span):
   return jax.tree.map(lambda a: split_tiles(a, span, 3), tree)
-
-
-def _tile_numbers(span):
-  return np.arange((span.stop - span.q_start) // TILE)
-
-
-def _tile_mask(span, i, segment_ids, strict):
-  start = span.q_start + i * TILE
-  segments = (None, None)
-  if segment_ids is not None:
-    q_segment = jax.lax.dynamic_slice_in_dim(segment_ids, start, TILE, axis=1)
-    segments = segment_axes(q_segment, segment_ids[:, : span.stop])
-  q_position = start + jnp.arange(TILE)
-  return visible(q_position[:, None] - int(strict), jnp.arange(span.stop)[None, :], 0, *segments)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from mgr_jax.attention import braid_inputs
-from mgr_jax.attention.braid_gates import causal_mask, group_heads, ungroup_heads
+from mgr_jax.attention.braid_gates import causal_mask
 from mgr_jax.attention.braid_options import Options
 from mgr_jax.attention.braid_scores import ADDITIVE, BILINEAR, RAPIDITY
 from mgr_jax.attention.braid_sweep import dense_sweep, sweep
-from mgr_jax.attention.mechanism import project_heads, rms_norm, write_rows
+from mgr_jax.attention.mechanism import group_heads, project_heads, rms_norm, ungroup_heads, write_rows
 from mgr_jax.flops import Cost
 from mgr_jax.params import ParamSpec
 

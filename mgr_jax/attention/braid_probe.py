@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 from mgr_jax.algebra.additive_gate import chebyshev_features, non_nested_fraction
 from mgr_jax.attention.braid_chebyshev import key_features
-from mgr_jax.attention.braid_gates import Score, dense_gates, group_heads, segment_axes
+from mgr_jax.attention.braid_gates import Score, dense_gates
 from mgr_jax.attention.braid_options import Options
-from mgr_jax.attention.tiles import visible
+from mgr_jax.attention.mechanism import group_heads
+from mgr_jax.attention.tiles import segment_axes, visible
 
 QUERIES = 64
 QUANTILES = (0.1, 0.5, 0.9)

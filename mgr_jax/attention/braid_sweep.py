@@ -14,8 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mgr_jax.attention.braid_gates import Score, segment_axes, wide
-from mgr_jax.attention.tiles import TILE, join_tiles, pad_to, padded_length, visible
+from mgr_jax.attention.braid_gates import Score, pad_inputs, wide
+from mgr_jax.attention.tiles import TILE, join_tiles, pad_to, segment_axes, visible
 
 
 def spent(dtype) -> float:
@@ -58,7 +58,7 @@ def sweep(score: Score, q, k, v, segment_ids_BT):
 
 def _forward(score, q, k, v, segment_ids):
   T = v.shape[2]
-  q, k, v, segment_ids = _pad(q, k, v, segment_ids)
+  q, k, v, segment_ids = pad_inputs(q, k, v, segment_ids)
 
   def query_tile(_, i):
     q_tile = _slice(q, i)
@@ -93,7 +93,7 @@ def _bwd_rule(score, saved, cotangents):
   d_out, d_rest = cotangents
   ahead = jnp.sum(d_out * out, -1) + rest * d_rest
   like_q, like_k = q, k
-  q, k, v, segment_ids = _pad(q, k, v, segment_ids)
+  q, k, v, segment_ids = pad_inputs(q, k, v, segment_ids)
   d_out, ahead = pad_to(d_out.astype(dtype), v.shape[2], 3), pad_to(ahead, v.shape[2], 3)
   earlier = jnp.triu(jnp.ones((TILE, TILE), ahead.dtype), 1)
   zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, wide(a.dtype)))
@@ -168,14 +168,6 @@ def _goes_on(i, j, left, segment_ids):
     before = jax.lax.dynamic_slice_in_dim(segment_ids, j * TILE - 1, 1, axis=1)
     going &= (_slice(segment_ids, i, axis=1) == before)[:, None, None, :]
   return jnp.any(going)
-
-
-def _pad(q, k, v, segment_ids):
-  length = padded_length(v.shape[2])
-  if segment_ids is not None:
-    segment_ids = pad_to(segment_ids, length, 1, value=-1)
-  q, k = jax.tree.map(lambda a: pad_to(a, length, 3), (q, k))
-  return q, k, pad_to(v, length, 2), segment_ids
 
 
 def _slice(tree, number, axis: int = 3):

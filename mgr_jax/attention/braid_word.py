@@ -10,10 +10,9 @@ exactly; fixed-depth softmax attention cannot, unless TC0 = NC1 (Merrill et al.,
 import jax
 import jax.numpy as jnp
 
-from mgr_jax.attention.braid_gates import group_heads, ungroup_heads
 from mgr_jax.attention.braid_options import Options
 from mgr_jax.attention.braid_strands import Letters, chunk_length, strand_scan, token_scan
-from mgr_jax.attention.mechanism import project_heads
+from mgr_jax.attention.mechanism import group_heads, project_heads, ungroup_heads
 from mgr_jax.flops import Cost
 from mgr_jax.params import ParamSpec
 

@@ -111,6 +111,18 @@ def merge_heads(o_BTHD: jax.Array, w_HDC: jax.Array) -> jax.Array:
   return o_BTHD.reshape(*o_BTHD.shape[:-2], H * D) @ w_HDC.reshape(H * D, C).astype(o_BTHD.dtype)
 
 
+def group_heads(x_BTH: jax.Array, n_kv_head: int) -> jax.Array:
+  """[B, T, H, ...] -> [B, K, R, T, ...]: the R = H/K query heads of one key/value head get an axis of their own."""
+  B, T, H = x_BTH.shape[:3]
+  return jnp.moveaxis(x_BTH.reshape(B, T, n_kv_head, H // n_kv_head, *x_BTH.shape[3:]), 1, 3)
+
+
+def ungroup_heads(x_BKRT: jax.Array) -> jax.Array:
+  """Inverse of `group_heads`."""
+  B, K, R, T = x_BKRT.shape[:4]
+  return jnp.moveaxis(x_BKRT, 3, 1).reshape(B, T, K * R, *x_BKRT.shape[4:])
+
+
 def project_qkv(params, x_BTC: jax.Array, ctx: Context, *, rope: bool, qk_norm: bool):
   """Queries [B, T, H, D], keys and values [B, T, K, D], the first two normalised and rotated as asked."""
   q, k, v = (project_heads(x_BTC, params[w]) for w in ("wq", "wk", "wv"))

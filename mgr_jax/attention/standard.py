@@ -9,10 +9,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mgr_jax.attention.mechanism import Context, qkv_mechanism, rope_tables, rotate
-from mgr_jax.attention.tiles import TILE, join_tiles, pad_to, padded_length, spans, split_tiles, visible
+from mgr_jax.attention.mechanism import Context, group_heads, qkv_mechanism, rope_tables, rotate, ungroup_heads
+from mgr_jax.attention.tiles import (
+  join_tiles,
+  pad_to,
+  padded_length,
+  segment_axes,
+  spans,
+  split_tiles,
+  tile_mask,
+  tile_numbers,
+  visible,
+)
 from mgr_jax.claims import claim
 from mgr_jax.flops import Cost
 
@@ -38,18 +47,6 @@ class Options:
       raise ValueError(f"standard option impl={self.impl} is not one of auto, tiled, reference")
 
 
-def group_heads(q_BTHD: jax.Array, n_kv_head: int) -> jax.Array:
-  """[B, T, H, D] -> [B, K, R, T, D]."""
-  B, T, H, D = q_BTHD.shape
-  return q_BTHD.reshape(B, T, n_kv_head, H // n_kv_head, D).transpose(0, 2, 3, 1, 4)
-
-
-def ungroup_heads(o_BKRTD: jax.Array) -> jax.Array:
-  """Inverse of `group_heads`."""
-  B, K, R, T, D = o_BKRTD.shape
-  return o_BKRTD.transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, D)
-
-
 def mix(q_BTHD, k_BTKD, v_BTKD, params, ctx: Context, cfg, opts: Options):
   """Attention over a whole sequence: 2·T²·H·D FLOPs causal; memory O(T) tiled, O(T²) in the reference."""
   del params, cfg
@@ -66,7 +63,7 @@ def dense_attention(q, k, v, segment_ids_BT=None, window: int = 0):
   """The obvious form, scores [B, K, R, T, S] in float32. Returns (o_BKRTD, logsumexp_BKRT)."""
   scores = _scores(q, k)
   position = jnp.arange(q.shape[3])
-  mask = visible(position[:, None], position[None, :], window, *_segment_axes(segment_ids_BT, segment_ids_BT))
+  mask = visible(position[:, None], position[None, :], window, *segment_axes(segment_ids_BT, segment_ids_BT))
   scores = jnp.where(mask, scores, -jnp.inf)
   out = jnp.einsum("bkrts,bksd->bkrtd", jax.nn.softmax(scores, -1), v.astype(jnp.float32))
   return out.astype(q.dtype), jax.nn.logsumexp(scores, -1)
@@ -75,12 +72,6 @@ def dense_attention(q, k, v, segment_ids_BT=None, window: int = 0):
 def _scores(q, k):
   scale = q.shape[-1] ** -0.5
   return scale * jnp.einsum("bkrtd,bksd->bkrts", q, k, preferred_element_type=jnp.float32)
-
-
-def _segment_axes(q_segment_Bt, k_segment_BS):
-  if q_segment_Bt is None:
-    return None, None
-  return q_segment_Bt[:, None, None, :, None], k_segment_BS[:, None, None, None, :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -105,14 +96,14 @@ def _tiled_forward(q, k, v, segment_ids, window, bounded):
 
     def tile(_, xs, span=span, keys=keys, values=values):
       i, q_tile = xs
-      scores = jnp.where(_tile_mask(span, i, segment_ids, window), _scores(q_tile, keys), -jnp.inf)
+      scores = jnp.where(tile_mask(span, i, segment_ids, window), _scores(q_tile, keys), -jnp.inf)
       top = 0.0 if bounded else jnp.max(scores, -1, keepdims=True)
       weight = jnp.exp(scores - top)
       mass = jnp.sum(weight, -1, keepdims=True)
       out = jnp.einsum("bkrts,bksd->bkrtd", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
       return None, ((out / mass).astype(q_tile.dtype), (top + jnp.log(mass))[..., 0])
 
-    _, (out, lse) = jax.lax.scan(tile, None, (_tile_numbers(span), split_tiles(q, span, 3)))
+    _, (out, lse) = jax.lax.scan(tile, None, (tile_numbers(span), split_tiles(q, span, 3)))
     outs.append(join_tiles(out, 3))
     lses.append(join_tiles(lse, 3))
   return jnp.concatenate(outs, 3)[:, :, :, :T], jnp.concatenate(lses, 3)[..., :T]
@@ -143,7 +134,7 @@ def _tiled_bwd_rule(window, bounded, saved, cotangents):
     def tile(carry, xs, span=span, keys=keys, values=values):
       dk_seen, dv_seen = carry
       i, q_tile, d_tile, delta_tile, lse_tile = xs
-      mask = _tile_mask(span, i, segment_ids, window)
+      mask = tile_mask(span, i, segment_ids, window)
       weight = jnp.where(mask, jnp.exp(_scores(q_tile, keys) - lse_tile[..., None]), 0.0)
       d_weight = jnp.einsum("bkrtd,bksd->bkrts", d_tile, values, preferred_element_type=jnp.float32)
       d_score = (scale * weight * (d_weight - delta_tile[..., None])).astype(dtype)
@@ -153,7 +144,7 @@ def _tiled_bwd_rule(window, bounded, saved, cotangents):
 
     tiles = [split_tiles(x, span, 3) for x in (q, d_out, delta, lse)]
     zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
-    (dk_seen, dv_seen), dq = jax.lax.scan(tile, zeros, (_tile_numbers(span), *tiles))
+    (dk_seen, dv_seen), dq = jax.lax.scan(tile, zeros, (tile_numbers(span), *tiles))
     dk, dv = dk.at[:, :, seen].add(dk_seen), dv.at[:, :, seen].add(dv_seen)
     dqs.append(join_tiles(dq, 3))
   dq = jnp.concatenate(dqs, 3)[:, :, :, :T]
@@ -168,20 +159,6 @@ def _pad(q, k, v, segment_ids):
   if segment_ids is not None:
     segment_ids = pad_to(segment_ids, length, 1, value=-1)
   return pad_to(q, length, 3), pad_to(k, length, 2), pad_to(v, length, 2), segment_ids
-
-
-def _tile_numbers(span):
-  return np.arange((span.stop - span.q_start) // TILE)
-
-
-def _tile_mask(span, i, segment_ids, window):
-  start = span.q_start + i * TILE
-  q_position = start + jnp.arange(TILE)
-  segments = (None, None)
-  if segment_ids is not None:
-    q_segment = jax.lax.dynamic_slice_in_dim(segment_ids, start, TILE, axis=1)
-    segments = _segment_axes(q_segment, segment_ids[:, span.k_start : span.stop])
-  return visible(q_position[:, None], jnp.arange(span.k_start, span.stop)[None, :], window, *segments)
 
 
 def mix_cached(q_BtHD, k_BSKD, v_BSKD, params, ctx: Context, cfg, opts: Options):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 TILE = 64
 MAX_SPANS = 8
@@ -65,3 +66,26 @@ def visible(q_position, k_position, window: int = 0, q_segment=None, k_segment=N
   if q_segment is not None:
     ok &= q_segment == k_segment
   return ok
+
+
+def segment_axes(q_segment_Bt, k_segment_BS):
+  """Segment numbers shaped to compare as [B, 1, 1, t, S], or a pair of `None`."""
+  if q_segment_Bt is None:
+    return None, None
+  return q_segment_Bt[:, None, None, :, None], k_segment_BS[:, None, None, None, :]
+
+
+def tile_numbers(span: Span) -> np.ndarray:
+  """0 .. n-1 for the tiles of a span, to scan over."""
+  return np.arange((span.stop - span.q_start) // TILE)
+
+
+def tile_mask(span: Span, i: jax.Array, segment_ids_BT=None, window: int = 0, strict: bool = False) -> jax.Array:
+  """Which of the span's keys tile `i` sees: [TILE, S], or [B, 1, 1, TILE, S] with segments. `strict`: not itself."""
+  start = span.q_start + i * TILE
+  q_position = start + jnp.arange(TILE) - int(strict)
+  segments = (None, None)
+  if segment_ids_BT is not None:
+    q_segment = jax.lax.dynamic_slice_in_dim(segment_ids_BT, start, TILE, axis=1)
+    segments = segment_axes(q_segment, segment_ids_BT[:, span.k_start : span.stop])
+  return visible(q_position[:, None], jnp.arange(span.k_start, span.stop)[None, :], window, *segments)
