@@ -208,6 +208,7 @@ def test_window_mode_accepts_what_error_mode_refuses(run):
     (["--prompt=a", "--logprobs"], "--logprobs has no effect"),
     (["--prompt=a", "--temperature=0", "--top_k=3"], "--top_k without effect"),
     (["--prompt=a", "--temprature=1"], "--temperature"),
+    (["--prompt=a\udcff"], "not UTF-8: byte at character 1"),
     (["--prompt=a", "--prompt_file=missing.txt"], "cannot read --prompt_file=missing.txt"),
   ],
 )

@@ -232,6 +232,13 @@ def flag_problems(prompts: Sequence[str]) -> list[Problem]:
     found.append(Problem("no --ckpt", "use --ckpt=RUN with the run id that train.main printed, or the path of a run"))
   if not prompts or not all(prompts):
     found.append(Problem("the prompt is empty", 'use --prompt="some text", --prompt_file=FILE, or a pipe'))
+  for prompt in prompts:
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as e:  # a byte of the command line that is not UTF-8 arrives as a lone surrogate
+      found.append(
+        Problem(f"the prompt is not UTF-8: byte at character {e.start}", "give UTF-8 text, e.g. --prompt_file")
+      )
   for name, least in (("max_tokens", 1), ("num_samples", 1), ("seed", 0)):
     if FLAGS[name].value < least:
       found.append(Problem(f"--{name}={FLAGS[name].value} is below {least}", f"use --{name}={FLAGS[name].default}"))
