@@ -5,6 +5,7 @@ K key/value heads, D head size, V vocabulary, L layers.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mgr_jax.problems import Problem, UserError, raise_if_any
 
-MLP_KINDS = ("relu2",)
+MLP_KINDS = ("relu2", "gelu", "swiglu", "none")
 DTYPES = ("float32", "bfloat16")
 VOCAB_MULTIPLE = 128
 
@@ -26,7 +27,9 @@ class GPTConfig:
     seq_len: training context, and the largest context that `generate` accepts.
     n_layer, n_head, n_kv_head, n_embd: depth, query heads, key/value heads, width. `n_kv_head` divides `n_head`.
     attention: the attention grammar, see `parse_attention`.
-    mlp: `relu2`, hidden width `mlp_ratio * n_embd`.
+    mlp: one of `MLP_KINDS`, see `model.layers`.
+    mlp_ratio: hidden width over `n_embd`; kinds with more matrices get fewer, so that all have as many parameters.
+    mlp_beta: inverse temperature of tropical MLPs; 0 is the hard maximum.
     logit_softcap: c in c·tanh(z/c); 0 turns it off.
     rope_base: wavelength base of rotary position embedding.
     doc_mask: packed documents do not attend to each other.
@@ -47,6 +50,7 @@ class GPTConfig:
   attention: str = "standard"
   mlp: str = "relu2"
   mlp_ratio: float = 4.0
+  mlp_beta: float = 0.0
   logit_softcap: float = 15.0
   rope_base: float = 10000.0
   doc_mask: bool = False
@@ -83,6 +87,8 @@ def config_problems(cfg) -> list[Problem]:
       found.append(Problem(f"--{name}={getattr(cfg, name)} is unknown", f"use one of {', '.join(choices)}"))
   if cfg.mlp_ratio <= 0:
     found.append(Problem(f"--mlp_ratio={cfg.mlp_ratio} is not positive", "use --mlp_ratio=4"))
+  if not 0 <= cfg.mlp_beta < math.inf:
+    found.append(Problem(f"--mlp_beta={cfg.mlp_beta} is negative", "use 0 (hard maximum), or e.g. --mlp_beta=8"))
   if cfg.logit_softcap < 0:
     found.append(Problem(f"--logit_softcap={cfg.logit_softcap} is negative", "use 15, or 0 for no softcap"))
   if cfg.rope_base <= 1:

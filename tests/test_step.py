@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,12 +88,12 @@ def distance(a, b) -> float:
 def toy(monkeypatch):
   """Replaces the model by a loss on one column of the embedding, with an auxiliary term; compiles at once."""
 
-  def loss(params, batch, cfg, normalizer):
+  def loss(params, batch, cfg, normalizer, annealed):
     column = params["embed"][batch["tokens"], 0]
     weight = jnp.sum(batch["weights"])
     nll = jnp.sum(batch["weights"] * jnp.square(column - 1)) / normalizer
     aux_loss = 3 * jnp.sum(batch["weights"] * column) / weight
-    return nll + aux_loss, {"nll_sum": nll * normalizer, "weight": weight, "aux_loss": aux_loss}
+    return nll + aux_loss, {"nll_sum": nll * normalizer, "weight": weight, "aux_loss": aux_loss, "readings": {}}
 
   monkeypatch.setattr(step_module, "gpt", types.SimpleNamespace(loss=loss, init=gpt.init))
 
@@ -100,8 +101,9 @@ def toy(monkeypatch):
 def test_accumulated_gradient_is_that_of_the_whole_batch(initial):
   batch = make_batch(weights=uneven_weights())
   (loss, metrics), grads = model_gradient(initial.params, batch)
-  parts, summed = jax.jit(lambda p, b: step_module._gradient(p, b, CFG, 4))(initial.params, batch)
+  parts, summed = jax.jit(lambda p, b: step_module._gradient(p, b, CFG, 4, {}))(initial.params, batch)
   assert distance(grads, summed) < 1e-6
+  assert metrics.pop("readings") == {}
   for name, want in ({"loss": loss} | metrics).items():
     np.testing.assert_allclose(parts[name], want, rtol=1e-6, err_msg=name)
   odd_rows = np.arange(8)[:, None] % 2
@@ -119,8 +121,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(state):
   for _ in range(3):
     state, metrics = steps[0](state, batch)
     other, parts = steps[1](other, batch)
-    for name in metrics:
-      np.testing.assert_allclose(parts[name], metrics[name], rtol=1e-5, err_msg=name)
+    chex.assert_trees_all_close(parts, metrics, rtol=1e-5)
   assert distance(state.params, other.params) < 1e-6
   np.testing.assert_array_equal(state.tokens_seen, other.tokens_seen)
 
@@ -130,8 +131,8 @@ def test_auxiliary_losses_are_averaged_over_micro_batches(initial):
   weights = uneven_weights()
   weights[0] = 0.5  # no micro-batch without weight, where the mean has no meaning
   batch, part = make_batch(weights=weights), make_batch(weights=weights)
-  whole, grads = step_module._gradient(initial.params, batch, CFG, 1)
-  parts, summed = step_module._gradient(initial.params, part, CFG, 4)
+  whole, grads = step_module._gradient(initial.params, batch, CFG, 1, {})
+  parts, summed = step_module._gradient(initial.params, part, CFG, 4, {})
   column = np.asarray(initial.params["embed"], np.float64)[batch["tokens"], 0]
   mean = lambda values: np.sum(batch["weights"] * values) / weights.sum()
   for metrics in (whole, parts):
@@ -158,8 +159,9 @@ def test_metrics(state, step):
   norm = float(optax.tree.norm(grads))
   state, metrics = step(state, batch)
   assert set(metrics) == {
-    "loss", "nll_sum", "weight", "aux_loss", "grad_norm", "multiplier", "event", "nonfinite",
+    "loss", "nll_sum", "weight", "aux_loss", "grad_norm", "multiplier", "event", "nonfinite", "annealed",
   }  # fmt: skip
+  assert metrics.pop("annealed") == {}
   assert all(isinstance(m, jax.Array) and m.shape == () for m in metrics.values())
   np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
   np.testing.assert_allclose(metrics["nll_sum"], model["nll_sum"], rtol=1e-6)
@@ -218,8 +220,8 @@ def test_a_nonfinite_step_keeps_the_state_bitwise_and_counts(state):
 def test_a_finite_loss_with_an_infinite_gradient_is_dropped_too(state, monkeypatch):
   finite_loss = step_module.gpt.loss
 
-  def loss(params, batch, cfg, normalizer):
-    total, metrics = finite_loss(params, batch, cfg, normalizer)
+  def loss(params, batch, cfg, normalizer, annealed):
+    total, metrics = finite_loss(params, batch, cfg, normalizer, annealed)
     return total + jnp.sqrt(jnp.sum(params["head"] * 0)), metrics  # the derivative of the root at 0 is infinite
 
   monkeypatch.setattr(step_module.gpt, "loss", loss)

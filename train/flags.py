@@ -43,6 +43,7 @@ class Settings:
   seq_len: int = _flag(256, "Tokens of context.")
   mlp: str = _flag("relu2", "Kind of MLP.", MLP_KINDS)
   mlp_ratio: float = _flag(4.0, "Hidden width of the MLP divided by --n_embd.")
+  mlp_beta: float = _flag(0.0, "Inverse temperature of tropical MLPs; 0 = hard maximum.")
   rope_base: float = _flag(10000.0, "Wavelength base of rotary position embedding.")
   logit_softcap: float = _flag(15.0, "Logits z become c·tanh(z/c); 0 = off.")
   doc_mask: bool = _flag(False, "Packed documents do not attend to each other.")
@@ -97,6 +98,7 @@ class Settings:
   resume_strict: bool = _flag(True, "Refuse to resume with other settings, data or tokenizer.")
 
   log_every: int = _flag(10, "Steps between log lines.")
+  probe_every: int = _flag(0, "Steps between diagnostics of the mechanisms, written to metrics.jsonl; 0 = never.")
   progress: str = _flag("auto", "auto = bar on a terminal, else plain.", ("auto", "bar", "plain", "none"))
   tensorboard: bool = _flag(False, "Also write TensorBoard events into tb/ (needs the tensorboard extra).")
   on_nonfinite: str = _flag("raise", "raise, or skip:K = drop such updates and give up after K in a row.")
@@ -189,7 +191,8 @@ def _range_problems(s: Settings) -> list[Problem]:
 
   for name in ("batch_size", "grad_accum", "log_every", "ckpt_keep", "val_tokens"):
     need(name, getattr(s, name) >= 1, "is not positive")
-  for name in ("grad_clip", "max_seconds", "target_tokens", "n_kv_head", "data_threads", "ckpt_every", "seed"):
+  counts = ("target_tokens", "n_kv_head", "data_threads", "ckpt_every", "probe_every", "seed")
+  for name in ("grad_clip", "max_seconds", *counts):
     need(name, getattr(s, name) >= 0, "is negative")
   for name in ("val_every", "sample_every"):
     need(name, getattr(s, name) >= -1, "is below -1")
@@ -221,6 +224,8 @@ def _useless(s: Settings) -> list[Problem]:
     ("sample_prompt", s.sample_every == -1, "--sample_every=-1 turns samples off", "use --sample_every=0"),
     ("resume_strict", s.resume == "none", "--resume=none resumes nothing", "leave --resume out"),
     ("resume", s.dry_run, "--dry_run starts from dummy weights", "leave --dry_run out"),
+    ("mlp_ratio", s.mlp == "none", "--mlp=none has no width", "use another --mlp"),
+    ("mlp_beta", not s.mlp.startswith("tropical"), f"--mlp={s.mlp} has no temperature", "use --mlp=tropical"),
     ("text_column", s.data in NAMED_DATA, f"--data={s.data} has its own column", "use --data=DIRECTORY"),
     ("val_from_train", s.data in NAMED_DATA, f"--data={s.data} has a validation split", "use --data=DIRECTORY"),
   )

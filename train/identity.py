@@ -23,7 +23,7 @@ MAY_DIFFER = frozenset({
   "data", "tokenizer", "data_threads",
   "val_every", "val_tokens", "sample_every", "sample_prompt",
   "ckpt_every", "ckpt_keep", "resume", "resume_strict",
-  "log_every", "progress", "tensorboard", "profile_steps", "on_nonfinite",
+  "log_every", "probe_every", "progress", "tensorboard", "profile_steps", "on_nonfinite",
   "parallel", "mesh",
 })  # fmt: skip
 
@@ -42,6 +42,7 @@ def make_meta(
   return {
     "flags": dict(flags),
     "model": dataclasses.asdict(cfg),
+    "live_attention": cfg.attention,  # the grammar with annealed options at their present numbers
     "tokenizer_sha256": tokenizer_sha256,
     "data_sha256": data_sha256,
     "lineage": [*lineage, run_id],

@@ -88,6 +88,7 @@ class Journal:
       "lr": self._lr * float(metrics["multiplier"]),
       "grad_norm": metrics["grad_norm"],
       "aux_loss": metrics["aux_loss"],
+      **metrics["annealed"],
       "tokens": step * self._plan.tokens_per_step,
       **self.meter.lap(step - self._logged),
     }

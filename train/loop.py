@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgr_jax.config import GPTConfig
 from mgr_jax.data.stream import TrainIterator, train_iterator, validation_batches
-from mgr_jax.model import gpt
+from mgr_jax.model import annealing, gpt
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem
 from mgr_jax.schedules import NO_EVENT
@@ -22,6 +23,7 @@ from train.flags import Settings, command
 from train.journal import Journal
 from train.nonfinite import NonFinite
 from train.plan import Plan, make_optimizer, make_plan, make_schedule
+from train.probe import probe
 from train.resume import Start, describe, find_start
 from train.samples import draw_samples
 from train.signals import StopSignals
@@ -105,14 +107,16 @@ class _Trainer:
       )
     optimizer = make_optimizer(settings, gpt.specs(cfg), cfg)
     schedule = make_schedule(settings, plan.steps)
-    self.train_step = make_train_step(
+    self.step_of = lambda cfg: make_train_step(
       cfg,
       optimizer,
       schedule,
+      total_steps=plan.steps,
       grad_accum=settings.grad_accum,
       grad_clip=settings.grad_clip,
       on_nonfinite=settings.on_nonfinite,
     )
+    self.snap_step = annealing.snap_step(cfg, plan.steps)
     self._set_state(jax.jit(lambda: init_train_state(cfg, optimizer, schedule, settings.seed)))
 
   def _set_state(self, init) -> None:
@@ -192,10 +196,15 @@ class _Trainer:
       self.journal.say(f"claim failed: {c['name']}: {c['statement']}\n  {c['message']}")
     return not failed
 
+  @property
+  def cfg(self) -> GPTConfig:
+    """The configuration that the next step trains."""
+    return self.plan.cfg if self.step < self.snap_step else annealing.snapped(self.plan.cfg)
+
   def _compile(self) -> None:
     began = time.perf_counter()
     shape = jax.ShapeDtypeStruct((self.settings.batch_size, self.settings.seq_len), jnp.int32)
-    self.compiled = self.train_step.lower(self.state, dict.fromkeys(self.inputs, shape)).compile()
+    self.compiled = self.step_of(self.cfg).lower(self.state, dict.fromkeys(self.inputs, shape)).compile()
     seconds, peak = time.perf_counter() - began, dry_run.peak_bytes(self.compiled)
     self.journal.summary["results"] |= {"compile_s": seconds, "peak_bytes": peak}
     self.journal.say(f"compiled   in {seconds:.1f} s, {peak / 2**20:.0f} MiB\n")
@@ -227,11 +236,30 @@ class _Trainer:
     batch = next(self.batches)
     self.journal.meter.wait(time.perf_counter() - asked)
     batch = {name: batch[name] for name in self.inputs}
+    if self.step == self.snap_step and self.step > self.start.step:
+      self._snap()
     self.state, metrics = self.compiled(self.state, batch)
     self.step += 1
     self.pending.append((self.step, batch, metrics))
     if self._is_logged(self.step - 1) or len(self.pending) > MAX_PENDING:
       self._fetch(self.step - 1)
+    if self.settings.probe_every and self.step % self.settings.probe_every == 0:
+      self._probe(batch)
+
+  def _snap(self) -> None:
+    """Goes over to the snapped options, which are another program."""
+    self.journal.meter.pause()
+    self.journal.event("snap", self.step, attention=self.cfg.attention)
+    self._compile()
+    self.journal.meter.resume()
+
+  def _probe(self, batch) -> None:
+    """Records diagnostics of the parameters after the last step; this time does not count as training."""
+    self._fetch(self.step)
+    self.journal.meter.pause()
+    found = jax.device_get(probe(self.state.params, batch, self.cfg, self.state.annealed))
+    self.journal.event("probe", self.step, diagnostics=found)
+    self.journal.meter.resume()
 
   def _is_logged(self, step: int) -> bool:
     return step in (1, self.plan.steps) or step % self.settings.log_every == 0
@@ -283,7 +311,7 @@ class _Trainer:
     if self.val is None or self.journal.validation(self.step):
       return
     plan, began, unigram = self.plan, time.perf_counter(), None
-    score = validate.score(self.state.params, self.val, plan.tokenizer, plan.cfg)
+    score = validate.score(self.state.params, self.val, plan.tokenizer, self.cfg, self.state.annealed)
     seconds = time.perf_counter() - began
     if self.journal.summary["results"]["unigram_bpb"] is None:
       counts = validate.unigram_counts(plan.corpus, plan.tokenizer, self.settings.seed)
@@ -295,13 +323,18 @@ class _Trainer:
       return
     key = jax.random.fold_in(fold_in_name(jax.random.key(self.settings.seed), "sample"), self.step)
     prompts = self.settings.sample_prompt
-    samples = draw_samples(self.state.params, prompts, self.plan.tokenizer, self.plan.cfg, key)
+    samples = draw_samples(self.state.params, prompts, self.plan.tokenizer, self._live_cfg(), key)
     self.journal.log_samples(self.step, samples)
+
+  def _live_cfg(self) -> GPTConfig:
+    """The configuration with annealed options at their present numbers."""
+    return annealing.frozen(self.cfg, jax.device_get(self.state.annealed)) if self.state.annealed else self.cfg
 
   def _save(self) -> None:
     record = self.journal.validation(self.step)
     metrics = {"val_bpb": float(record["val_bpb"])} if record else None
     meta = describe(self.plan, self.directory.run_id, self.start.lineage)
+    meta["live_attention"] = self._live_cfg().attention
     self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, metrics)
     self._note_failed_checkpoints()
     self.journal.event("checkpoint", self.step)

@@ -14,7 +14,7 @@ from mgr_jax.data import tokenizer as tokenizer_lib
 from mgr_jax.data.builtin import builtin_corpus, cache_dir
 from mgr_jax.data.corpus import Corpus, load_corpus
 from mgr_jax.data.tokenizer import Tokenizer
-from mgr_jax.model import gpt
+from mgr_jax.model import annealing, gpt
 from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from train.flags import Settings, arguments_of, setting_problems
@@ -83,7 +83,8 @@ def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None
   steps = planned_steps(settings)
   model = model_fields(settings)
   asked = types.SimpleNamespace(vocab_size=tokenizer_lib.MIN_VOCAB, **model)
-  problems += model_problems(asked)
+  found = model_problems(asked)
+  problems += found or annealing.problems(GPTConfig(vocab_size=asked.vocab_size, **model), settings.schedule)
   for make in (lambda: make_optimizer(settings, {}, asked), lambda: make_schedule(settings, max(1, steps))):
     try:
       make()
@@ -116,8 +117,8 @@ def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None
 
 def model_fields(s: Settings) -> dict:
   """The fields of `GPTConfig` that the settings decide: all but the vocabulary."""
-  names = ("seq_len", "n_layer", "n_head", "n_embd", "attention", "mlp", "mlp_ratio", "logit_softcap", "rope_base")
-  names += ("doc_mask", "remat", "loss_chunk")
+  names = ("seq_len", "n_layer", "n_head", "n_embd", "attention", "mlp", "mlp_ratio", "mlp_beta")
+  names += ("logit_softcap", "rope_base", "doc_mask", "remat", "loss_chunk")
   dtype = automatic_dtype() if s.compute_dtype == "auto" else s.compute_dtype
   return {name: getattr(s, name) for name in names} | {"n_kv_head": s.n_kv_head or s.n_head, "compute_dtype": dtype}
 

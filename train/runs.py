@@ -17,7 +17,10 @@ from train.identity import listed
 
 
 class LoadedRun(NamedTuple):
-  """A trained model with what is needed to use it; `params` are on the default device."""
+  """A trained model with what is needed to use it; `params` are on the default device.
+
+  `cfg` holds annealed options at the numbers that they had at `step`.
+  """
 
   cfg: GPTConfig
   params: Any
@@ -41,7 +44,7 @@ def load_run(ref: str | os.PathLike, workdir: str | os.PathLike = "artifacts") -
   step = checkpoints.existing_step(step)
   meta = checkpoints.read_meta(step)
   try:
-    cfg = GPTConfig(**meta["model"])
+    cfg = GPTConfig(**(meta["model"] | {"attention": meta["live_attention"]}))
   except TypeError as e:
     error = f"{directory} holds a model that this version cannot build: {e}"
     raise UserError(Problem(error, "use the version that trained it")) from e

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mgr_jax.model import gpt
+from mgr_jax.model import annealing, gpt
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem, UserError, raise_if_any
-from mgr_jax.schedules import Schedule
+from mgr_jax.schedules import NO_EVENT, Schedule
 
 
 @struct.dataclass
@@ -26,6 +26,7 @@ class TrainState:
     tokens_seen: uint32[2], low and high word of the number of target tokens consumed.
     skipped: int32, updates dropped because something was not finite.
     nonfinite_streak: int32, updates dropped in a row up to now.
+    annealed: live values of the options that change during training, float32 by key; see `model.annealing`.
   """
 
   step: jax.Array
@@ -36,6 +37,7 @@ class TrainState:
   tokens_seen: jax.Array
   skipped: jax.Array
   nonfinite_streak: jax.Array
+  annealed: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def init_train_state(
@@ -54,6 +56,7 @@ def init_train_state(
     tokens_seen=jnp.zeros((2,), jnp.uint32),
     skipped=zero(),
     nonfinite_streak=zero(),
+    annealed=annealing.init(cfg),
   )
 
 
@@ -62,6 +65,7 @@ def make_train_step(
   optimizer: optax.GradientTransformationExtraArgs,
   schedule: Schedule,
   *,
+  total_steps: int = 1,
   grad_accum: int = 1,
   grad_clip: float = 1.0,
   on_nonfinite: str = "raise",
@@ -69,7 +73,8 @@ def make_train_step(
   """The jitted `step(state, batch) -> (state, metrics)`; `state` is donated.
 
   Args:
-    cfg, optimizer, schedule: as given to `init_train_state`.
+    cfg, optimizer, schedule: as given to `init_train_state`; `cfg` may also be its `annealing.snapped`.
+    total_steps: planned updates, over which annealed options move.
     grad_accum: micro-batches per update; divides the batch. Activations of one micro-batch are alive at a time, and the
       result is that of the whole batch.
     grad_clip: largest global gradient norm, 0 for none.
@@ -81,7 +86,8 @@ def make_train_step(
   The batch holds `tokens` and `targets` int32 [B, T], optional `weights` float32 [B, T], and whatever `gpt.loss` reads.
 
   Metrics, device scalars: `loss` (Σ w·nll / Σ w, nats per token), `nll_sum`, `weight`, `aux_loss`, `grad_norm` (of
-  the whole gradient, before clipping), `multiplier` and `event` of the schedule, `nonfinite` (the update was dropped).
+  the whole gradient, before clipping), `multiplier` and `event` of the schedule, `nonfinite` (the update was dropped),
+  `annealed` (the values that this step used, by key).
 
   Raises:
     UserError: settings out of range.
@@ -97,19 +103,23 @@ def make_train_step(
   limit = 1 if on_nonfinite == "raise" else int(on_nonfinite.removeprefix("skip:"))
 
   def step(state: TrainState, batch):
-    metrics, grads = _gradient(state.params, batch, cfg, grad_accum)
+    used = {name: state.annealed[name] for name in annealing.courses(cfg)}
+    metrics, grads = _gradient(state.params, batch, cfg, grad_accum, state.annealed)
+    readings = metrics.pop("readings")
     metrics["grad_norm"] = optax.tree.norm(grads)
     if grad_clip:
       factor = jnp.where(metrics["grad_norm"] > grad_clip, grad_clip / metrics["grad_norm"], 1.0)
       grads = jax.tree.map(lambda g: factor * g, grads)
     schedule_state, multiplier, event = schedule.update(state.schedule_state, metrics["loss"])
+    annealed = annealing.update(state.annealed, cfg, state.step, total_steps, readings, event != NO_EVENT)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scale=multiplier)
     params = optax.apply_updates(state.params, updates)
 
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(metrics["grad_norm"])
     applied = finite & (state.nonfinite_streak < limit)
-    new, old = (params, opt_state, schedule_state), (state.params, state.opt_state, state.schedule_state)
-    params, opt_state, schedule_state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+    new = params, opt_state, schedule_state, annealed
+    old = state.params, state.opt_state, state.schedule_state, state.annealed
+    params, opt_state, schedule_state, annealed = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
     state = state.replace(
       step=state.step + 1,
       params=params,
@@ -118,13 +128,14 @@ def make_train_step(
       tokens_seen=_add(state.tokens_seen, _n_targets(batch)),
       skipped=state.skipped + ~applied,
       nonfinite_streak=jnp.where(applied, 0, state.nonfinite_streak + 1),
+      annealed=annealed,
     )
-    return state, metrics | {"multiplier": multiplier, "event": event, "nonfinite": ~applied}
+    return state, metrics | {"multiplier": multiplier, "event": event, "nonfinite": ~applied, "annealed": used}
 
   return jax.jit(step, donate_argnums=0)
 
 
-def _gradient(params, batch, cfg, grad_accum: int):
+def _gradient(params, batch, cfg, grad_accum: int, annealed):
   """Metrics and float32 gradient of Σ_i nll_i / W + Σ_i (w_i / W)·aux_i over micro-batches i of weight w_i, Σ w_i = W.
 
   Dividing each micro-batch by its own weight and averaging would count the tokens of light micro-batches more.
@@ -134,9 +145,10 @@ def _gradient(params, batch, cfg, grad_accum: int):
   normalizer = jnp.maximum(total, 1.0)
 
   def objective(params, part):
-    loss, metrics = gpt.loss(params, part, cfg, normalizer=normalizer)
+    loss, metrics = gpt.loss(params, part, cfg, normalizer, annealed)
     share, aux_loss = metrics["weight"] / normalizer, metrics["aux_loss"]
-    return loss + (share - 1) * aux_loss, metrics | {"aux_loss": share * aux_loss}
+    readings = {key: share * value for key, value in metrics["readings"].items()}
+    return loss + (share - 1) * aux_loss, metrics | {"aux_loss": share * aux_loss, "readings": readings}
 
   def part_gradient(part):
     (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params, part)

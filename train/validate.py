@@ -45,12 +45,12 @@ def scored_targets(batch: dict[str, np.ndarray], token_bytes_V: np.ndarray) -> n
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _nats(params, batch, scored_BT, cfg: GPTConfig):
-  return jnp.sum(gpt.nll(params, batch, cfg) * scored_BT)
+def _nats(params, batch, scored_BT, cfg: GPTConfig, annealed):
+  return jnp.sum(gpt.nll(params, batch, cfg, annealed) * scored_BT)
 
 
-def score(params, batches: ValidationBatches, tokenizer: Tokenizer, cfg: GPTConfig) -> Score:
-  """Scores `params` on all of `batches`.
+def score(params, batches: ValidationBatches, tokenizer: Tokenizer, cfg: GPTConfig, annealed=None) -> Score:
+  """Scores `params`, with the live values of annealed options, on all of `batches`.
 
   The same windows in the same order every time, and sums over batches in float64: the result is the same on repeated
   calls, and within about 1e-6 for another batch size. Costs one forward pass over the batches and one host sync.
@@ -61,7 +61,7 @@ def score(params, batches: ValidationBatches, tokenizer: Tokenizer, cfg: GPTConf
     tokens += int(scored.sum())
     bytes_ += int((tokenizer.token_bytes[batch["targets"]] * scored).sum())
     inputs = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
-    nats.append(_nats(params, inputs, scored, cfg))
+    nats.append(_nats(params, inputs, scored, cfg, annealed or {}))
   return Score(float(np.sum(jax.device_get(nats), dtype=np.float64)), tokens, bytes_)
 
 

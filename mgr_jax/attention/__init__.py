@@ -1,6 +1,8 @@
 """The registry of mechanisms. A new one is its own file, whose `MECHANISM` is the record, and one line in `_FILES`."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -45,6 +47,19 @@ def resolve(cfg: GPTConfig) -> tuple[Layer, ...]:
   return tuple(layers)
 
 
+def with_options(cfg: GPTConfig, layers: Sequence[Any]) -> GPTConfig:
+  """`cfg` with other options, one per layer; the grammar names every option that is not at its default."""
+  items = []
+  for layer, options in zip(resolve(cfg), layers, strict=True):
+    changed = [(f.name, getattr(options, f.name)) for f in dataclasses.fields(options)]
+    changed = [(name, value) for name, value in changed if value != getattr(layer.mechanism.options, name)]
+    text = tuple((name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in changed)
+    items.append(str(Item(layer.mechanism.name, text)))
+  grouped = [(item, len(list(group))) for item, group in itertools.groupby(items)]
+  attention = ",".join(item if n == 1 or len(grouped) == 1 else f"{item}*{n}" for item, n in grouped)
+  return dataclasses.replace(cfg, attention=attention)
+
+
 def _look_up(item: Item, attention: str) -> Layer:
   record = REGISTRY.get(item.name)
   if record is None:
@@ -87,4 +102,4 @@ def model_problems(cfg) -> list[Problem]:
   return list(found)
 
 
-__all__ = ["REGISTRY", "Context", "Layer", "Mechanism", "attention_names", "model_problems", "resolve"]
+__all__ = ["REGISTRY", "Context", "Layer", "Mechanism", "attention_names", "model_problems", "resolve", "with_options"]

@@ -10,6 +10,7 @@ from flax import struct
 
 from mgr_jax.claims import Claim
 from mgr_jax.flops import Cost
+from mgr_jax.homotopy import Homotopy
 from mgr_jax.params import ParamSpec
 
 
@@ -23,7 +24,7 @@ class Context:
       documents must not see each other, and prefix states restart at a border.
     valid_BT: for `step` only: `False` at padding, always a suffix of the row; padding leaves the state as it was.
       `None` means that all tokens are real.
-    annealed: traced scalars that a schedule drives, by name.
+    annealed: traced scalars that a schedule drives; a mechanism finds those of its own options, by option.
     shared: arrays that the model computed once for all layers: `rope` = (cos, sin), each float32 [B or 1, T, D/2].
     probe: static; diagnostics go into `aux` only when it is set.
   """
@@ -54,6 +55,9 @@ class Mechanism:
     claims: the mathematics this mechanism promises.
     refs: papers, and what is not taken from them.
     variants: grammar strings that together exercise every mode; the conformance suite runs each.
+    annealed: `opts -> {option: Homotopy}` of the options that change during training; their values reach `apply` and
+      `step` as `ctx.annealed[option]`, and without one they stand at their first value.
+    snapped: `opts -> options` for the last 5% of training, with the same parameters; equal to `opts` without a change.
   """
 
   name: str
@@ -66,6 +70,8 @@ class Mechanism:
   claims: tuple[Claim, ...] = ()
   refs: tuple[str, ...] = ()
   variants: tuple[str, ...] = ()
+  annealed: Callable[[Any], dict[str, Homotopy]] = lambda opts: {}
+  snapped: Callable[[Any], Any] = lambda opts: opts
 
 
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -13,7 +13,7 @@ from mgr_jax.attention import Context
 from mgr_jax.attention.mechanism import rms_norm, rope_tables
 from mgr_jax.config import GPTConfig
 from mgr_jax.flops import Cost
-from mgr_jax.model import stack
+from mgr_jax.model import annealing, stack
 from mgr_jax.model.cross_entropy import capped_logits, chunk_size, cross_entropy, token_nll
 from mgr_jax.params import ParamSpec, init_params, is_spec
 
@@ -32,7 +32,7 @@ def init(key: jax.Array, cfg: GPTConfig):
   return init_params(key, specs(cfg))
 
 
-def _cast(params, cfg: GPTConfig):
+def cast(params, cfg: GPTConfig):
   """Matrices and tables in the compute dtype, scalars in float32; differentiable, so gradients come back in float32."""
   cast = lambda spec, p: p if spec.role == "scalar" else p.astype(cfg.compute_dtype)
   return jax.tree.map(cast, specs(cfg), params, is_leaf=is_spec)
@@ -73,13 +73,13 @@ def forward(params, tokens_BT: jax.Array, cfg: GPTConfig, segment_ids=None, anne
   Args:
     tokens_BT: int32 ids below `cfg.vocab_size`.
     segment_ids: int32 [B, T] document numbers; documents of one row then do not see each other.
-    annealed: scalars for mechanisms, by name.
+    annealed: live values of annealed options, see `model.annealing`; without them options stand at their first value.
     probe: also return the mechanisms' diagnostics.
 
   Returns:
     (logits_BTV float32, aux). Materialises B·T·V logits; training uses `loss`, which does not.
   """
-  params = _cast(params, cfg)
+  params = cast(params, cfg)
   x, aux = hidden(params, tokens_BT, cfg, segment_ids, annealed, probe)
   logits = capped_logits(x, params["head"], cfg.logit_softcap, cfg.padded_vocab)
   return logits[..., : cfg.vocab_size], aux
@@ -95,9 +95,9 @@ def loss(params, batch, cfg: GPTConfig, normalizer=None, annealed=None):
       the whole accumulated batch, which makes micro-batch gradients add up exactly.
 
   Returns:
-    (loss, metrics) with `nll_sum`, `weight` and `aux_loss`, float32 scalars.
+    (loss, metrics) with `nll_sum`, `weight` and `aux_loss`, float32 scalars, and `readings` for annealed options.
   """
-  params = _cast(params, cfg)
+  params = cast(params, cfg)
   segment_ids = batch["segment_ids"] if cfg.doc_mask else None
   x, aux = hidden(params, batch["tokens"], cfg, segment_ids, annealed)
   weights = batch.get("weights")
@@ -108,14 +108,15 @@ def loss(params, batch, cfg: GPTConfig, normalizer=None, annealed=None):
   normalizer = jnp.maximum(weight, 1.0) if normalizer is None else normalizer
   nll = cross_entropy(x, params["head"], targets, weights / normalizer, cfg.logit_softcap, cfg.vocab_size, chunk)
   metrics = {"nll_sum": nll * normalizer, "weight": weight, "aux_loss": aux["aux_loss"]}
+  metrics["readings"] = annealing.readings(aux, cfg)
   return nll + aux["aux_loss"], metrics
 
 
-def nll(params, batch, cfg: GPTConfig) -> jax.Array:
+def nll(params, batch, cfg: GPTConfig, annealed=None) -> jax.Array:
   """Negative log-likelihood of every target in nats, float32 [B, T]; for evaluation, without gradient."""
-  params = _cast(params, cfg)
+  params = cast(params, cfg)
   segment_ids = batch["segment_ids"] if cfg.doc_mask else None
-  x, _ = hidden(params, batch["tokens"], cfg, segment_ids)
+  x, _ = hidden(params, batch["tokens"], cfg, segment_ids, annealed)
   targets = batch["targets"]
   chunk = chunk_size(targets.size, cfg.padded_vocab, cfg.loss_chunk)
   flat = x.reshape(-1, cfg.n_embd), params["head"], targets.reshape(-1)
@@ -145,7 +146,7 @@ def decode(params, tokens_Bt: jax.Array, state: DecodeState, cfg: GPTConfig, val
   Returns:
     (logits_BtV float32, state); equal to `forward` on the whole prefix at the same positions.
   """
-  params = _cast(params, cfg)
+  params = cast(params, cfg)
   t = tokens_Bt.shape[1]
   positions = state.length_B[:, None] + jnp.arange(t)
   ctx = context(positions, cfg, valid_BT=valid_Bt)

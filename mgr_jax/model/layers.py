@@ -1,4 +1,11 @@
-"""The parts of a transformer block that are not attention."""
+"""The parts of a transformer block that are not attention: one record per kind of MLP.
+
+Every kind ends in a product that starts at zero, so that a layer starts as the identity. `swiglu` has three matrices
+and takes two thirds of the hidden width, so that it has the parameters of the kinds with two.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +14,12 @@ from mgr_jax.flops import Cost
 from mgr_jax.params import ParamSpec
 
 
-def mlp_specs(cfg) -> dict[str, ParamSpec]:
-  """Tables of the two-layer MLP: w_in [C, M] and w_out [M, C] (zero, so a layer starts as the identity)."""
-  C, M = cfg.n_embd, cfg.mlp_dim
-  return {
-    "w_in": ParamSpec((C, M), ("embed", "mlp")),
-    "w_out": ParamSpec((M, C), ("mlp", "embed"), init="zeros"),
-  }
+class MLP(NamedTuple):
+  """One kind: `specs(cfg)` -> parameter table, `apply(params, x_BTC, cfg)` -> y_BTC, `cost(cfg)` per token."""
 
-
-def mlp(params, x_BTC: jax.Array) -> jax.Array:
-  """relu(x W_in)² W_out (So et al., 2021, arXiv 2109.08668)."""
-  return relu_squared(x_BTC @ params["w_in"].astype(x_BTC.dtype)) @ params["w_out"].astype(x_BTC.dtype)
+  specs: Callable[..., dict[str, ParamSpec]]
+  apply: Callable[..., jax.Array]
+  cost: Callable[..., Cost]
 
 
 @jax.custom_jvp
@@ -33,6 +34,70 @@ def _relu_squared_jvp(primals, tangents):
   return relu_squared(z), 2 * jnp.maximum(z, 0) * dz
 
 
+def _two_matrices(activation: Callable, transcendental: float) -> MLP:
+  """activation(x W_in) W_out with W_in [C, M], W_out [M, C]."""
+
+  def specs(cfg):
+    C, M = cfg.n_embd, cfg.mlp_dim
+    return {
+      "w_in": ParamSpec((C, M), ("embed", "mlp")),
+      "w_out": ParamSpec((M, C), ("mlp", "embed"), init="zeros"),
+    }
+
+  def apply(params, x, cfg):
+    del cfg
+    return activation(x @ params["w_in"].astype(x.dtype)) @ params["w_out"].astype(x.dtype)
+
+  def cost(cfg):
+    M = cfg.mlp_dim
+    return Cost(matmul=4.0 * cfg.n_embd * M, vector=2.0 * M, exp=transcendental * M)
+
+  return MLP(specs, apply, cost)
+
+
+def _gated_width(cfg) -> int:
+  """Two thirds of the hidden width, to the nearest multiple of 8."""
+  return max(8, round(2 * cfg.mlp_dim / 24) * 8)
+
+
+def _swiglu_specs(cfg):
+  C, M = cfg.n_embd, _gated_width(cfg)
+  return {
+    "w_gate": ParamSpec((C, M), ("embed", "mlp")),
+    "w_in": ParamSpec((C, M), ("embed", "mlp")),
+    "w_out": ParamSpec((M, C), ("mlp", "embed"), init="zeros"),
+  }
+
+
+def _swiglu(params, x, cfg):
+  del cfg
+  gate, value, out = (params[name].astype(x.dtype) for name in ("w_gate", "w_in", "w_out"))
+  return (jax.nn.silu(x @ gate) * (x @ value)) @ out
+
+
+def _swiglu_cost(cfg) -> Cost:
+  M = _gated_width(cfg)
+  return Cost(matmul=6.0 * cfg.n_embd * M, vector=2.0 * M, exp=M)
+
+
+KINDS: dict[str, MLP] = {
+  "relu2": _two_matrices(relu_squared, 0.0),  # So et al., 2021, arXiv 2109.08668
+  "gelu": _two_matrices(jax.nn.gelu, 1.0),  # Hendrycks and Gimpel, 2016, arXiv 1606.08415, tanh form
+  "swiglu": MLP(_swiglu_specs, _swiglu, _swiglu_cost),  # Shazeer, 2020, arXiv 2002.05202
+  "none": MLP(lambda cfg: {}, lambda params, x, cfg: jnp.zeros_like(x), lambda cfg: Cost()),
+}
+
+
+def mlp_specs(cfg) -> dict[str, ParamSpec]:
+  """The parameter table of the configuration's kind of MLP."""
+  return KINDS[cfg.mlp].specs(cfg)
+
+
+def mlp(params, x_BTC: jax.Array, cfg) -> jax.Array:
+  """The MLP of the configuration's kind."""
+  return KINDS[cfg.mlp].apply(params, x_BTC, cfg)
+
+
 def mlp_cost(cfg) -> Cost:
-  """4·C·M matrix FLOPs and 2·M elementwise per token."""
-  return Cost(matmul=4.0 * cfg.n_embd * cfg.mlp_dim, vector=2.0 * cfg.mlp_dim)
+  """Forward cost per token."""
+  return KINDS[cfg.mlp].cost(cfg)

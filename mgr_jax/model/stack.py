@@ -46,6 +46,18 @@ def specs(cfg) -> tuple[dict[str, Any], ...]:
   return tuple(stack_specs(layer_specs(cfg, run), run.n_layer) for run in runs(cfg))
 
 
+def annealed_keys(run: Run) -> dict[str, str]:
+  """The key in `ctx.annealed` of each annealed option of a run: layers that follow the same course share one value."""
+  courses = run.mechanism.annealed(run.options)
+  return {option: ":".join([f"{run.mechanism.name}.{option}", *map(str, course)]) for option, course in courses.items()}
+
+
+def _context_of(run: Run, ctx: Context) -> Context:
+  """`ctx` with the run's own annealed values, by option."""
+  keys = annealed_keys(run)
+  return ctx.replace(annealed={option: ctx.annealed[key] for option, key in keys.items() if key in ctx.annealed})
+
+
 def forward(params, x_BTC: jax.Array, ctx: Context, cfg) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Applies all blocks, x + attention(norm(x)) then x + mlp(norm(x)).
 
@@ -55,11 +67,12 @@ def forward(params, x_BTC: jax.Array, ctx: Context, cfg) -> tuple[jax.Array, dic
   aux_all: dict[str, list[jax.Array]] = {}
   aux_loss = jnp.zeros((), jnp.float32)
   for run, run_params in zip(runs(cfg), params, strict=True):
+    run_ctx = _context_of(run, ctx)
 
-    def block(x, layer_params, run=run):
+    def block(x, layer_params, run=run, ctx=run_ctx):
       y, aux = run.mechanism.apply(layer_params["attention"], rms_norm(x), ctx, cfg, run.options)
       x = x + y
-      return x + layers.mlp(layer_params["mlp"], rms_norm(x)), aux
+      return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), aux
 
     if cfg.remat == "full":
       block = jax.checkpoint(block, prevent_cse=False)
@@ -89,7 +102,7 @@ def step(params, x_BtC: jax.Array, state, ctx: Context, cfg) -> tuple[jax.Array,
       layer_params, layer_state = xs
       y, layer_state = run.mechanism.step(layer_params["attention"], rms_norm(x), layer_state, ctx, cfg, run.options)
       x = x + y
-      return x + layers.mlp(layer_params["mlp"], rms_norm(x)), layer_state
+      return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), layer_state
 
     x_BtC, run_state = jax.lax.scan(block, x_BtC, (run_params, run_state), unroll=min(UNROLL, run.n_layer))
     new_state.append(run_state)
