@@ -11,6 +11,7 @@ from mgr_jax.attention import REGISTRY, attention_names, resolve
 from mgr_jax.claims import run_claims
 from mgr_jax.config import GPTConfig
 from mgr_jax.conformance import conformance_claims, noisy_params, tiny, tokens_of
+from mgr_jax.flops import matmul_flops
 from mgr_jax.model import gpt
 
 HYBRID = ",".join(attention_names())
@@ -114,6 +115,27 @@ def test_training_memory_is_a_small_multiple_of_the_activations(attention):
   unit = 4 * 2 * cfg.seq_len * cfg.n_embd
   assert temp_bytes(cfg, 2) < MEMORY_MULTIPLE * unit
   assert temp_bytes(dataclasses.replace(cfg, attention="standard(impl=reference)"), 2) > MEMORY_MULTIPLE * unit
+
+
+# A sweep stops early; prefix sums run as triangular products; a window is far smaller than a tile.
+COST_IS_A_MODEL = ("impl=reference", "mode=monodromy", "impl=sorted", "window=")
+
+
+@pytest.mark.parametrize("attention", [v for v in VARIANTS if not any(part in v for part in COST_IS_A_MODEL)])
+def test_cost_is_what_the_program_multiplies(attention):
+  """At T=256; tiles round up to whole ones, hence the tolerance."""
+  cfg = config(attention, seq_len=256, n_embd=64)
+  for layer in resolve(cfg):
+    specs = layer.mechanism.param_specs(cfg, layer.options)
+    params = {k: jax.ShapeDtypeStruct(s.shape, jnp.float32) for k, s in specs.items()}
+    x = jax.ShapeDtypeStruct((1, cfg.seq_len, cfg.n_embd), jnp.float32)
+
+    def forward(params, x, layer=layer):
+      ctx = gpt.context(jnp.arange(cfg.seq_len)[None, :], cfg)
+      return layer.mechanism.apply(params, x, ctx, cfg, layer.options)[0]
+
+    counted = matmul_flops(forward, params, x) / cfg.seq_len
+    assert layer.mechanism.cost(cfg, layer.options, cfg.seq_len).matmul == pytest.approx(counted, rel=0.15)
 
 
 @pytest.mark.parametrize("attention", VARIANTS)
