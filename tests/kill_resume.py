@@ -1,6 +1,7 @@
 """Kills a training run with SIGKILL again and again, and compares what is left with a run nobody disturbed.
 
   python -m tests.kill_resume --kills=20
+  python -m tests.kill_resume --kills=2 --attention=tropical
 
 Every other kill waits for a checkpoint that is being written, the others for a moment without one. Afterwards the
 losses of both runs must be equal bit for bit, and each step must stand in `metrics.jsonl` exactly once.
@@ -34,9 +35,17 @@ def write_corpus(directory: Path) -> None:
   parquet.write_shard(directory / "shard_00001.parquet", texts[180:], 8)
 
 
-def command(directory: Path, run_id: str, steps: int) -> list[str]:
+def command(directory: Path, run_id: str, steps: int, attention: str) -> list[str]:
   """The training command of a tiny model that validates and saves every few steps."""
-  model = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--seq_len=16", "--batch_size=4", "--tokenizer=bytes"]
+  model = [
+    f"--attention={attention}",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--seq_len=16",
+    "--batch_size=4",
+    "--tokenizer=bytes",
+  ]
   often = ["--log_every=1", "--val_every=5", "--val_tokens=256", "--ckpt_every=4", "--sample_every=-1", "--certify=off"]
   where = [f"--data={directory / 'corpus'}", f"--workdir={directory}", f"--run_id={run_id}", f"--max_steps={steps}"]
   return [sys.executable, "-m", "train.main", *model, *often, *where, "--progress=none"]
@@ -96,13 +105,13 @@ def differences(whole: list[dict], killed: list[dict]) -> list[str]:
   return found
 
 
-def experiment(directory: Path, kills: int, seed: int, say=print) -> list[str]:
+def experiment(directory: Path, kills: int, seed: int, attention: str = "standard", say=print) -> list[str]:
   """Runs everything in `directory`; returns the differences. Raises `RuntimeError` when a run fails by itself."""
   rng = random.Random(seed)
   steps = (kills + 1) * 2 * STEPS_PER_KILL
   write_corpus(directory / "corpus")
-  undisturbed = start(command(directory, "whole", steps), directory)
-  arguments, run = command(directory, "killed", steps), directory / "killed"
+  undisturbed = start(command(directory, "whole", steps, attention), directory)
+  arguments, run = command(directory, "killed", steps, attention), directory / "killed"
   for n in range(kills):
     killed_at = kill_once(arguments, directory, run, rng, while_saving=n % 2 == 1)
     if not killed_at:
@@ -123,10 +132,11 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--attention", default="standard")
   options = parser.parse_args()
   with tempfile.TemporaryDirectory() as directory:
-    found = experiment(Path(directory), options.kills, options.seed)
-  print("\n".join(found) or f"{options.kills} kills: losses bitwise equal, each step once")
+    found = experiment(Path(directory), options.kills, options.seed, options.attention)
+  print("\n".join(found) or f"{options.attention}: {options.kills} kills, losses bitwise equal, each step once")
   return int(bool(found))
 
 

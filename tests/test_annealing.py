@@ -216,6 +216,7 @@ def test_a_run_logs_probes_snaps_and_loads_without_a_schedule(settings):
   norms = probes[0]["diagnostics"]["grad_norm/runs/0/attention/wv"]
   assert len(norms) == 2
   assert min(norms) > 0
+  assert result.summary["results"]["aux"] == probes[1]["diagnostics"]
   assert load_run(result.directory).cfg.attention == "toy"
   loaded = load_run(f"{result.directory}@18").cfg.attention
   assert float(loaded.partition("beta=")[2].partition(",")[0]) == pytest.approx(64 ** (18 / 19), rel=1e-4)

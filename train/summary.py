@@ -104,7 +104,7 @@ def new_summary(plan: Plan, directory: RunDirectory, start: Start) -> Summary:
 def from_records(records: Sequence[Record]) -> dict[str, Any]:
   """The results that follow from the records of `metrics.jsonl`.
 
-  `loss_ema` weighs each log line nine times less than all later ones together.
+  `loss_ema` weighs each log line nine times less than all later ones together; `aux` holds the last diagnostics.
   """
   losses = [float(r["loss"]) for r in records if "loss" in r]
   val = [{k: v for k, v in r.items() if k != "seconds"} for r in records if "val_bpb" in r]
@@ -118,6 +118,7 @@ def from_records(records: Sequence[Record]) -> dict[str, Any]:
     "val": val,
     "best": min(val, key=lambda v: float(v["val_bpb"]), default=None),
     "skipped_steps": sum(r.get("event") == "skip" for r in records),
+    "aux": next((r["diagnostics"] for r in reversed(records) if r.get("event") == "probe"), {}),
   }
 
 
