@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mgr_jax.problems import Problem, UserError, raise_if_any
 
-MLP_KINDS = ("relu2", "gelu", "swiglu", "none")
+MLP_KINDS = ("relu2", "gelu", "swiglu", "none", "tropical", "tropical_rational")
 DTYPES = ("float32", "bfloat16")
 VOCAB_MULTIPLE = 128
 

@@ -4,6 +4,7 @@ Every kind ends in a product that starts at zero, so that a layer starts as the 
 and takes two thirds of the hidden width, so that it has the parameters of the kinds with two.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mgr_jax.flops import Cost
+from mgr_jax.model import tropical_mlp
 from mgr_jax.params import ParamSpec
 
 
@@ -80,11 +82,21 @@ def _swiglu_cost(cfg) -> Cost:
   return Cost(matmul=6.0 * cfg.n_embd * M, vector=2.0 * M, exp=M)
 
 
+def _tropical(rational: bool) -> MLP:
+  return MLP(
+    functools.partial(tropical_mlp.specs, rational=rational),
+    functools.partial(tropical_mlp.apply, rational=rational),
+    functools.partial(tropical_mlp.cost, rational=rational),
+  )
+
+
 KINDS: dict[str, MLP] = {
   "relu2": _two_matrices(relu_squared, 0.0),  # So et al., 2021, arXiv 2109.08668
   "gelu": _two_matrices(jax.nn.gelu, 1.0),  # Hendrycks and Gimpel, 2016, arXiv 1606.08415, tanh form
   "swiglu": MLP(_swiglu_specs, _swiglu, _swiglu_cost),  # Shazeer, 2020, arXiv 2002.05202
   "none": MLP(lambda cfg: {}, lambda params, x, cfg: jnp.zeros_like(x), lambda cfg: Cost()),
+  "tropical": _tropical(rational=False),
+  "tropical_rational": _tropical(rational=True),
 }
 
 
