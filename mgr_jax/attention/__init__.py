@@ -14,6 +14,7 @@ _FILES = (
   "standard",
   "braid",
   "tropical",
+  "ultrametric",
 )
 
 REGISTRY: dict[str, Mechanism] = {file: import_module(f"{__name__}.{file}").MECHANISM for file in _FILES}
