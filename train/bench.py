@@ -41,6 +41,7 @@ flags.DEFINE_integer("rounds", 20, "Timed rounds after warm-up.", lower_bound=1,
 flags.DEFINE_string("json", "", "Write the rows to this file.", flag_values=FLAGS)
 
 BASELINE, PLAIN = "standard", "plain"
+PLAIN_LIMIT = 2048  # its T×T scores of every layer would fill the memory
 
 
 class Program(NamedTuple):
@@ -161,7 +162,7 @@ def configurations(seq_len: int) -> dict[str, GPTConfig]:
   candidates = [SimpleNamespace(**(defaults | fields | {"attention": pattern})) for pattern in patterns]
   raise_if_any(dict.fromkeys(problem for c in candidates for problem in model_problems(c)))
   configs = {pattern: GPTConfig(**fields, attention=pattern) for pattern in patterns}
-  if FLAGS.compute_dtype == "float32" and fields["n_head"] == fields["n_kv_head"]:
+  if seq_len <= PLAIN_LIMIT and FLAGS.compute_dtype == "float32" and fields["n_head"] == fields["n_kv_head"]:
     configs[PLAIN] = configs[BASELINE]
   return configs
 

@@ -37,6 +37,15 @@ def tmm_argmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
   return _terms(a[..., whole:], b[..., whole:, :], whole, running)
 
 
+def largest(x: jax.Array, axis: int) -> jax.Array:
+  """The maximum over one axis, which is kept; its gradient goes to the first of the largest entries, by index.
+
+  The gradient of `jnp.max` compares values again. Where a compiler has contracted the sums inside x differently in the
+  backward pass it finds no winner, and the gradient is wrong or NaN.
+  """
+  return jnp.take_along_axis(x, jnp.argmax(x, axis, keepdims=True), axis)
+
+
 def _blocks(x, whole, axis):
   x = jax.lax.slice_in_dim(x, 0, whole, axis=axis)
   axis %= x.ndim

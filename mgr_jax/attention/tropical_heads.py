@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mgr_jax.algebra.tropical_matmul import largest
 from mgr_jax.attention.mechanism import rms_norm
 from mgr_jax.attention.tropical_options import Options
 from mgr_jax.attention.tropical_scan import Clock
@@ -50,7 +51,7 @@ def prepare(params, q, k, v, opts: Options) -> Heads:
 
 
 def _centred(x, axis=-1):
-  return x - jnp.max(x, axis, keepdims=True)
+  return x - largest(x, axis)
 
 
 def scored(opts: Options) -> bool:

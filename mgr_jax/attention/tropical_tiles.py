@@ -3,12 +3,10 @@
 Arrays: q [B, K, R, T, D], k [B, K, S, D], v [B, K, S, E]; outputs [B, K, R, T, E]. T²·(D + E) pairs per head.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from mgr_jax.algebra.tropical_matmul import tmm
+from mgr_jax.algebra.tropical_matmul import largest, tmm
 from mgr_jax.attention.tiles import (
   join_tiles,
   pad_to,
@@ -86,12 +84,13 @@ def tiled_attention(q, k, v, decay_K, position_BT, segment_ids_BT, opts: Options
 
 def reference_attention(q, k, v, decay_K, position_BT, segment_ids_BT, opts: Options, beta=None):
   """The definition, written with dense arrays [.., T, S, D] and differentiated as it stands; maxima or β-sums."""
-  oplus = functools.partial(jnp.max) if beta is None else lambda z, axis: jax.nn.logsumexp(beta * z, axis) / beta
+  hard = lambda z, axis: jnp.squeeze(largest(z, axis), axis)
+  oplus = hard if beta is None else lambda z, axis: jax.nn.logsumexp(beta * z, axis) / beta
   q, keys = q[..., :, None, :], k[:, :, None, None]
   if opts.score == "dot":
     a = jnp.sum(q * keys, -1) / q.shape[-1] ** 0.5
   elif opts.score == "hilbert":
-    a = jnp.min(q - keys, -1) - jnp.max(q - keys, -1)
+    a = -hard(keys - q, -1) - hard(q - keys, -1)
   else:
     z = q + keys
     a = jnp.sum(oplus(z.reshape(*z.shape[:-1], opts.score_groups, -1), axis=-1), -1)
