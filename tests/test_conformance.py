@@ -9,7 +9,7 @@ import pytest
 
 from mgr_jax.attention import REGISTRY, attention_names, resolve
 from mgr_jax.claims import run_claims
-from mgr_jax.config import GPTConfig
+from mgr_jax.config import GPTConfig, parse_attention
 from mgr_jax.conformance import conformance_claims, noisy_params, tiny, tokens_of
 from mgr_jax.flops import matmul_flops
 from mgr_jax.model import gpt
@@ -20,7 +20,7 @@ VARIANTS = [*SINGLE, *HYBRIDS]
 
 
 def config(attention, **fields):
-  n_layer = max(2, attention.count(",") + 1)
+  n_layer = max(2, len(parse_attention(attention)))
   base = {"vocab_size": 97, "seq_len": 64, "n_layer": n_layer, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
   return GPTConfig(**(base | fields), attention=attention)
 

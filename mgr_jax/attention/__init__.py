@@ -15,6 +15,7 @@ _FILES = (
   "braid",
   "tropical",
   "ultrametric",
+  "simplicial",
 )
 
 REGISTRY: dict[str, Mechanism] = {file: import_module(f"{__name__}.{file}").MECHANISM for file in _FILES}
