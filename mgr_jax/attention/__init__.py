@@ -14,6 +14,7 @@ _FILES = (
   "standard",
   "braid",
   "tropical",
+  "fractal",
   "ultrametric",
   "simplicial",
 )
