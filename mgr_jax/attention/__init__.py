@@ -12,11 +12,11 @@ from mgr_jax.problems import Problem, UserError, raise_if_any
 
 _FILES = (
   "standard",
-  "braid",
   "tropical",
-  "fractal",
   "ultrametric",
   "simplicial",
+  "braid",
+  "fractal",
 )
 
 REGISTRY: dict[str, Mechanism] = {file: import_module(f"{__name__}.{file}").MECHANISM for file in _FILES}
