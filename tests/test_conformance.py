@@ -69,7 +69,7 @@ def test_shapes_dtypes_and_finiteness(attention, dtype, key):
     chex.assert_type(jax.tree.leaves(aux), jnp.float32)
 
 
-@pytest.mark.parametrize("attention", VARIANTS)
+@pytest.mark.parametrize("attention", attention_names())
 def test_one_compilation_per_shape(attention, key):
   cfg = tiny(config(attention))
   params = noisy_params(key, cfg)
