@@ -15,7 +15,6 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-
 _finished = itertools.count()
 
 
