@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import chex
 import jax
+import numpy as np
 
 from mgr_jax.params import fold_in_name
 
@@ -78,6 +79,18 @@ def _assert_within(name: str, residual: float, tolerance: float) -> None:
     chex.assert_scalar_in(residual, -math.inf, tolerance)
   except AssertionError as e:
     raise Exceeded(f"{name}: residual {residual:.3g} exceeds tolerance {tolerance:.3g}", residual) from e
+
+
+def largest_difference(a, b) -> float:
+  """Largest absolute difference of two equally shaped trees; NaN where either is NaN."""
+  differences = jax.tree.map(lambda x, y: np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))), a, b)
+  return float(max(jax.tree.leaves(differences)))
+
+
+def relative_difference(a, b) -> float:
+  """`largest_difference` divided by the largest size in `b`, leaf by leaf; the worst leaf counts."""
+  ratio = lambda x, y: largest_difference(x, y) / max(float(np.max(np.abs(np.asarray(y, np.float64)))), 1e-6)
+  return max(jax.tree.leaves(jax.tree.map(ratio, a, b)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.attention import REGISTRY
-from mgr_jax.claims import Claim, claim
+from mgr_jax.claims import Claim, claim, largest_difference, relative_difference
 from mgr_jax.config import GPTConfig, Item, parse_attention
 from mgr_jax.model import gpt, stack
 from mgr_jax.params import ParamSpec, fold_in_name
@@ -70,18 +70,6 @@ def tokens_of(key: jax.Array, batch: int, length: int) -> np.ndarray:
   return _rng(key, "tokens").integers(0, VOCAB, (batch, length), np.int32)
 
 
-def largest(a, b) -> float:
-  """Largest absolute difference of two equally shaped trees; NaN where either is NaN."""
-  differences = jax.tree.map(lambda x, y: np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))), a, b)
-  return float(max(jax.tree.leaves(differences)))
-
-
-def relative(a, b) -> float:
-  """`largest` divided by the largest size in `b`, leaf by leaf; the worst leaf counts."""
-  ratio = lambda x, y: largest(x, y) / max(float(np.max(np.abs(np.asarray(y, np.float64)))), 1e-6)
-  return max(jax.tree.leaves(jax.tree.map(ratio, a, b)))
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _logits(params, tokens, cfg):
   return gpt.forward(params, tokens, cfg)[0]
@@ -110,7 +98,7 @@ def causal_values(cfg: GPTConfig, logits_fn=_logits):
       before = logits_fn(params, tokens, cfg)
       for j in sorted({1, cfg.seq_len // 3, cfg.seq_len - 2} - {0, -1}):
         after = logits_fn(params, np.concatenate([tokens[:, :j], other[:, j:]], 1), cfg)
-        worst = max(worst, largest(after[:, :j], before[:, :j]))
+        worst = max(worst, largest_difference(after[:, :j], before[:, :j]))
     return worst
 
   return measure
@@ -157,7 +145,7 @@ def prefix_consistency(cfg: GPTConfig, broken: bool = False):
     worst = 0.0
     for t in (1, cfg.seq_len // 2):
       part = _logits(params, tokens[:, :t], cfg)
-      worst = max(worst, largest(part / np.sqrt(t) ** broken, whole[:, :t] / np.sqrt(cfg.seq_len) ** broken))
+      worst = max(worst, largest_difference(part / np.sqrt(t) ** broken, whole[:, :t] / np.sqrt(cfg.seq_len) ** broken))
     return worst
 
   return measure
@@ -179,11 +167,12 @@ def decode_parity(cfg: GPTConfig, broken: bool = False):
       new = np.stack([np.pad(tokens[row, at[row] : at[row] + n], (0, piece - n)) for row, n in enumerate(lengths)])
       valid = np.arange(piece) < (piece if broken else lengths[:, None])
       logits, state = _decode(params, new, cfg, state, True, np.broadcast_to(valid, (2, piece)))
-      worst = max([worst] + [largest(logits[row, :n], whole[row, at[row] :][:n]) for row, n in enumerate(lengths)])
+      for row, n in enumerate(lengths):
+        worst = max(worst, largest_difference(logits[row, :n], whole[row, at[row] : at[row] + n]))
       at += lengths
     while at.max() < T:
       logits, state = _decode(params, tokens[np.arange(2), at][:, None], cfg, state)
-      worst = max([worst] + [largest(logits[row, 0], whole[row, at[row]]) for row in range(2)])
+      worst = max([worst] + [largest_difference(logits[row, 0], whole[row, at[row]]) for row in range(2)])
       at += 1
     return worst
 
@@ -215,9 +204,9 @@ def packed_documents(cfg: GPTConfig, broken: bool = False):
     ]
     (first, first_grad), (second, second_grad) = alone
     return max(
-      largest(packed[:, :cut], first[:, :cut]),
-      largest(packed[:, cut:], second[:, : T - cut]),
-      relative(packed_grad, jax.tree.map(jnp.add, first_grad, second_grad)),
+      largest_difference(packed[:, :cut], first[:, :cut]),
+      largest_difference(packed[:, cut:], second[:, : T - cut]),
+      relative_difference(packed_grad, jax.tree.map(jnp.add, first_grad, second_grad)),
     )
 
   return measure
@@ -241,7 +230,7 @@ def grouped_heads(cfg: GPTConfig, broken: bool = False):
       return np.roll(out, 1, axis=axis) if broken else out
 
     wide = jax.tree.map(expand, params, axes)
-    return largest(_logits(params, tokens, grouped), _logits(wide, tokens, repeated))
+    return largest_difference(_logits(params, tokens, grouped), _logits(wide, tokens, repeated))
 
   return measure
 
@@ -269,7 +258,7 @@ def fast_equals_reference(cfg: GPTConfig, broken: bool = False):
     other = jax.tree.map(lambda p: p * 1.01, params) if broken else params
     fast, fast_grad = _value_and_gradient(other, tokens, None, cotangent, cfg)
     slow, slow_grad = _value_and_gradient(params, tokens, None, cotangent, reference)
-    return max(largest(fast, slow), relative(fast_grad, slow_grad))
+    return max(largest_difference(fast, slow), relative_difference(fast_grad, slow_grad))
 
   return measure
 

@@ -12,7 +12,7 @@ from mgr_jax.attention.braid_scores import ADDITIVE
 from mgr_jax.attention.braid_sorted import sorted_gated_sum
 from mgr_jax.attention.braid_sweep import sweep
 from mgr_jax.attention.mechanism import Context, Mechanism, group_heads, rope_tables, ungroup_heads
-from mgr_jax.claims import Check, Claim, claim
+from mgr_jax.claims import Check, Claim, claim, relative_difference
 from mgr_jax.config import GPTConfig
 
 
@@ -62,12 +62,6 @@ def _largest(x) -> float:
   return float(np.max(np.abs(np.asarray(x, np.float64))))
 
 
-def _relative(x, y) -> float:
-  """Largest difference over the largest size of y; the worst leaf counts."""
-  ratio = lambda a, b: _largest(a - b) / _largest(b)
-  return max(jax.tree.leaves(jax.tree.map(ratio, x, y)))
-
-
 def _order_dependence(record: Mechanism, *cases: dict) -> Check:
   """How much the last output moves when all earlier tokens are permuted; the smallest over the option sets."""
 
@@ -77,7 +71,7 @@ def _order_dependence(record: Mechanism, *cases: dict) -> Check:
       cfg, opts, params = _layer(rng, record, **options)
       x = rng.standard_normal((8 * scale, 9, cfg.n_embd), np.float32)
       shuffled = x[:, [*rng.permutation(8), 8]]
-      found.append(_relative(*(_apply(record, params, z, cfg, opts)[:, -1] for z in (shuffled, x))))
+      found.append(relative_difference(*(_apply(record, params, z, cfg, opts)[:, -1] for z in (shuffled, x))))
     return min(found)
 
   return measure
@@ -121,7 +115,8 @@ def _interpolation(rank: int) -> Check:
     del scale
     with jax.enable_x64(True):
       (value, pulled), (exact, gradient) = _interpolated_and_dense(*_gate_case(_rng(key), 150, 4.0), rank)
-      return max(_relative(value, exact), _relative(pulled, gradient) / 24) / interpolation_error(24, 4.0)
+      worst = max(relative_difference(value, exact), relative_difference(pulled, gradient) / 24)
+      return worst / interpolation_error(24, 4.0)
 
   return measure
 
@@ -134,7 +129,7 @@ def _dominance(tie: float) -> Check:
     (a, b, v), cotangents = jax.tree.map(np.float32, _gate_case(_rng(key), 150, 4.0))
     a, b = np.round(2 * a) / 2, np.round(2 * b) / 2
     fast = _sorted_and_dense((a, b, v), cotangents)[0]
-    return _relative(fast, _sorted_and_dense((a + np.float32(tie), b, v), cotangents)[1])
+    return relative_difference(fast, _sorted_and_dense((a + np.float32(tie), b, v), cotangents)[1])
 
   return measure
 
@@ -214,7 +209,7 @@ def _length_invariance(record: Mechanism, total: bool = False) -> Check:
       whole = _apply(record, params, x, cfg, opts)
       if total:
         whole = whole * np.sqrt(np.arange(1, 10) / 9)[:, None]
-      worst = max(worst, _relative(_decode(record, params, x, cfg, opts), whole))
+      worst = max(worst, relative_difference(_decode(record, params, x, cfg, opts), whole))
     return worst
 
   return measure
@@ -326,7 +321,7 @@ def _grouped(record: Mechanism, shift: int = 0) -> Check:
 
     wide = {name: expand(name, p) for name, p in params.items()}
     x = rng.standard_normal((2 * scale, 9, 16), np.float32)
-    return _relative(_apply(record, wide, x, repeated, opts), _apply(record, params, x, cfg, opts))
+    return relative_difference(_apply(record, wide, x, repeated, opts), _apply(record, params, x, cfg, opts))
 
   return measure
 

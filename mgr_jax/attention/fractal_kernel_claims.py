@@ -11,9 +11,9 @@ from mgr_jax.attention.fractal_chunks import table_sum
 from mgr_jax.attention.fractal_options import Options
 from mgr_jax.attention.fractal_overlap import dense_sum, path_overlap, pull
 from mgr_jax.attention.fractal_routing import table_features
-from mgr_jax.attention.fractal_samples import DEPTH, M, T, random_paths, random_sides, relative_error
+from mgr_jax.attention.fractal_samples import DEPTH, M, T, random_paths, random_sides
 from mgr_jax.attention.fractal_tiles import tiled_sum
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, relative_difference
 
 
 def _causal():
@@ -37,7 +37,7 @@ def _one_function(kernel: str, summed: bool) -> Check:
     options = Options(m=M, depth=DEPTH, kernel=kernel)
     with jax.enable_x64(True):
       dense, tiled, table = _three_forms(random_sides(generator(key), options), options, summed)
-      return max(relative_error(tiled, dense), relative_error(table, dense))
+      return max(relative_difference(tiled, dense), relative_difference(table, dense))
 
   return measure
 

@@ -10,10 +10,10 @@ from mgr_jax.algebra.ifs_map_claims import generator
 from mgr_jax.attention.fractal_latest import find_latest
 from mgr_jax.attention.fractal_options import Options
 from mgr_jax.attention.fractal_routing import address, table_features
-from mgr_jax.attention.fractal_samples import DEPTH, M, random_paths, random_sides, relative_error
+from mgr_jax.attention.fractal_samples import DEPTH, M, random_paths, random_sides
 from mgr_jax.attention.fractal_table import Sides, read, table_overwrite, token_by_token
 from mgr_jax.attention.fractal_tiles import tiled_sum
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, relative_difference
 
 
 @jax.jit
@@ -92,7 +92,7 @@ def _erasure(additive: bool) -> Check:
     options = Options(m=M, depth=DEPTH, mode="memory", rule="overwrite")
     with jax.enable_x64(True):
       blocks, serial = _overwrites(random_sides(generator(key), options, slopes=False), options, additive)
-      return max(relative_error(blocks, serial), float(jnp.max(serial[..., -1])) - 1)
+      return max(relative_difference(blocks, serial), float(jnp.max(serial[..., -1])) - 1)
 
   return measure
 

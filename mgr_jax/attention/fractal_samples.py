@@ -1,6 +1,5 @@
 """Random addresses and tokens on which the claims are measured."""
 
-import jax
 import numpy as np
 
 from mgr_jax.attention.fractal_options import Options
@@ -20,9 +19,3 @@ def random_sides(rng, options: Options, slopes: bool = True) -> Sides:
   slope = rng.uniform(0.01, 0.1, (1, 2)) if slopes else None
   q, k = random_paths(rng, 1, 1, 2, T), random_paths(rng, 1, 1, T)
   return Sides(q, k, rng.normal(size=(1, 1, T, 2)), alpha, slope, rng.uniform(size=(1, 1, T)))
-
-
-def relative_error(a, b) -> float:
-  """Largest difference over the largest entry, of two trees of arrays."""
-  ratio = lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(y)))
-  return max(jax.tree.leaves(jax.tree.map(ratio, *jax.tree.map(np.asarray, (a, b)))))

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from mgr_jax.attention.simplicial_blocks import Shape
-from mgr_jax.attention.simplicial_form_claims import largest, relative, rng_of
+from mgr_jax.attention.simplicial_form_claims import largest, rng_of
 from mgr_jax.attention.simplicial_hops import hop_outputs, resolvent
 from mgr_jax.attention.simplicial_pair_claims import W1, W2, draw_pairs, windowed
 from mgr_jax.attention.simplicial_sweep import dense_weights
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, relative_difference
 
 B, K, R, D = 2, 2, 2, 6
 
@@ -65,7 +65,7 @@ def _resolvent_laws(terms: int) -> Check:
         z[..., t, :] = 0.4 * v[:, :, None, t] + 0.6 * recursion[..., t, :]
       run = jax.jit(lambda rho: resolvent(q, k, v, rho, None)[0])
       y = run(rho)
-      return max(relative(y, series), relative(y, recursion), relative(run(0 * rho), once))
+      return max(relative_difference(*pair) for pair in ((y, series), (y, recursion), (run(0 * rho), once)))
 
   return measure
 
@@ -87,7 +87,7 @@ def _additivity(three_way: bool) -> Check:
         run = lambda v: np.sum(_hops(q, k, v, 2), 0)
         values = (v,), (rng.standard_normal(v.shape),)
       both = run(*(a + b for a, b in zip(*values, strict=True)))
-      return relative(run(*values[0]) + run(*values[1]), both)
+      return relative_difference(run(*values[0]) + run(*values[1]), both)
 
   return measure
 

@@ -30,12 +30,6 @@ def largest(x) -> float:
   return float(np.max(np.abs(np.asarray(x))))
 
 
-def relative(x, y) -> float:
-  """Largest difference over the largest size of y; the worst leaf counts."""
-  ratio = lambda a, b: largest(a - b) / largest(b)
-  return max(jax.tree.leaves(jax.tree.map(ratio, x, y)))
-
-
 def _shift(charges, score: str = "complex") -> Check:
   """Largest change of the score of random triples when all positions move by 91."""
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgr_jax.attention.simplicial_form_claims import largest, relative, rng_of
+from mgr_jax.attention.simplicial_form_claims import largest, rng_of
 from mgr_jax.attention.simplicial_linear import Features, Times, empty_state
 from mgr_jax.attention.simplicial_sums import normalise, pair_sums, paired_values
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, relative_difference
 
 B, K, R, T = 2, 2, 2, 37
 
@@ -43,7 +43,7 @@ def _linear(strict: bool) -> Check:
       exact = np.einsum("bkrtij,bkie,bkje->bkrte", weight, a, b)
       with jax.enable_x64(True):
         for impl in ("scan", "chunked"):
-          worst = max(worst, relative(_sums(features, rate, ordered, impl), exact))
+          worst = max(worst, relative_difference(_sums(features, rate, ordered, impl), exact))
     return worst
 
   return measure

@@ -8,8 +8,8 @@ import numpy as np
 
 from mgr_jax.algebra.trilinear import FORMS, Form, Pairs, dense_pair_attention, pair_mask, pair_values
 from mgr_jax.attention.simplicial_blocks import Shape, pair_attention
-from mgr_jax.attention.simplicial_form_claims import largest, relative, rng_of
-from mgr_jax.claims import Check, claim
+from mgr_jax.attention.simplicial_form_claims import largest, rng_of
+from mgr_jax.claims import Check, claim, relative_difference
 
 B, K, R, T, D = 2, 2, 2, 37, 6
 W1, W2 = 9, 5
@@ -61,7 +61,7 @@ def _blocks(cases, off: int = 0, gradient: bool = False, form: Form | None = Non
         used = form or FORMS[score]
         fast = value_and_pullback(_blocked, used, shape, pairs, segments, cotangent)
         slow = value_and_pullback(_dense, used, shape._replace(w1=shape.w1 - off), pairs, segments, cotangent)
-        worst = max(worst, relative(fast[gradient], slow[gradient]))
+        worst = max(worst, relative_difference(fast[gradient], slow[gradient]))
     del scale
     return worst
 
@@ -117,7 +117,7 @@ def _pairwise_case(mix: str) -> Check:
       lag = np.arange(64)[:, None] - np.arange(64)
       weight = np.exp(np.where((lag >= 0) & (lag < W1), scores, -np.inf))
       expected = np.einsum("bkrts,bksd->bkrtd", weight / weight.sum(-1, keepdims=True), pairs.v)
-      return relative(windowed(Shape(W1, W2, 8), pairs), expected)
+      return relative_difference(windowed(Shape(W1, W2, 8), pairs), expected)
 
   return measure
 

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.attention.mechanism import Context, Mechanism, rope_tables
-from mgr_jax.claims import Check, Claim, claim
+from mgr_jax.claims import Check, Claim, claim, largest_difference
 from mgr_jax.config import GPTConfig
 
 
 def _rng(key: jax.Array) -> np.random.Generator:
   return np.random.default_rng(np.asarray(jax.random.key_data(key)))
-
-
-def _largest(x, y) -> float:
-  return float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float))))
 
 
 def _layer(rng, record: Mechanism, **options):
@@ -67,7 +63,7 @@ def _decode(record: Mechanism, frozen_clock: bool) -> Check:
         y, state = _step(record, params, x[:, at : at + piece], (state, start), cfg, opts)
         found.append(y)
         at += piece
-      worst = max(worst, _largest(np.concatenate(found, 1), whole))
+      worst = max(worst, largest_difference(np.concatenate(found, 1), whole))
     return worst
 
   return measure
@@ -82,7 +78,7 @@ def _coarsening(record: Mechanism, used: int) -> Check:
     coarse = record.options(p=3, K=2, alpha_init=fine.alpha_mean)
     short = params | {name: params[name][:, :, :2] for name in ("dq", "dk")}
     x = rng.standard_normal((2 * scale, 24, cfg.n_embd), np.float32)
-    return _largest(_apply(record, params, x, cfg, fine), _apply(record, short, x, cfg, coarse))
+    return largest_difference(_apply(record, params, x, cfg, fine), _apply(record, short, x, cfg, coarse))
 
   return measure
 

@@ -10,7 +10,7 @@ from mgr_jax.algebra import padic, padic_kernel
 from mgr_jax.attention.ultrametric_dense import dense_attention, lcp_weights, sums
 from mgr_jax.attention.ultrametric_features import tree_attention
 from mgr_jax.attention.ultrametric_sort import ball_attention
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, largest_difference
 
 B, G, R, D = 2, 2, 2, 4
 CHUNK = 8
@@ -62,10 +62,6 @@ def _without_own_key(a, b, c, v, log_decay, segments):
   return out / jnp.maximum(mass, 1)
 
 
-def _largest(x, y) -> float:
-  return float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float))))
-
-
 def _implementations(broken: bool) -> Check:
   """Largest difference from the dense form in float64, hard digits by both fast paths and soft digits by features."""
 
@@ -75,9 +71,9 @@ def _implementations(broken: bool) -> Check:
       for _ in range(scale):
         case = _case(rng, 97, 3, 3)
         dense = (_without_own_key if broken else functools.partial(_attend, "dense"))(*case)
-        worst = max(worst, *(_largest(_attend(impl, *case), dense) for impl in ("features", "sort")))
+        worst = max(worst, *(largest_difference(_attend(impl, *case), dense) for impl in ("features", "sort")))
         case = _case(rng, 97, 3, 3, soft=True)
-        worst = max(worst, _largest(_attend("features", *case), _attend("dense", *case)))
+        worst = max(worst, largest_difference(_attend("features", *case), _attend("dense", *case)))
     return worst
 
   return measure
@@ -92,7 +88,7 @@ def _integers(alpha: float) -> Check:
       a, b, c, v, _, segments = _case(rng, 97, 3, 3, alpha)
       case = [np.float32(x) for x in (a, b, c, np.round(8 * v))] + [np.float32([0, 0]), segments]
       dense = _attend("dense", *case)
-      worst = max(worst, *(_largest(_attend(impl, *case), dense) for impl in ("features", "sort")))
+      worst = max(worst, *(largest_difference(_attend(impl, *case), dense) for impl in ("features", "sort")))
     return worst
 
   return measure
@@ -113,7 +109,8 @@ def _causal(leaky: bool) -> Check:
       changed = join(a, other[0], -1), join(b, other[1], -1), c, join(v, other[3], 1), decay, segments
       for impl in ("features", "sort", "dense"):
         attend = _whole_balls if leaky else functools.partial(_attend, impl)
-        worst = max(worst, _largest(attend(a, b, c, v, decay, segments)[..., :20, :], attend(*changed)[..., :20, :]))
+        before, after = attend(a, b, c, v, decay, segments), attend(*changed)
+        worst = max(worst, largest_difference(before[..., :20, :], after[..., :20, :]))
     return worst
 
   return measure
@@ -170,7 +167,7 @@ def _credit(impl: str, **formula) -> Check:
         mass = np.sum(np.asarray(lcp_weights(*case[:3], None, np.tri(30) > 0, 0)), -1, keepdims=True)
         tangent = lambda x: np.asarray(x) - np.mean(np.asarray(x), -2, keepdims=True)
         exact = _digit_gradients(case, d_y, np.asarray(y), mass, **formula)
-        worst = max(worst, *(_largest(tangent(x), tangent(e)) for x, e in zip(found, exact, strict=True)))
+        worst = max(worst, *(largest_difference(tangent(x), tangent(e)) for x, e in zip(found, exact, strict=True)))
     return worst
 
   return measure
@@ -190,7 +187,7 @@ def _limits(low: float, high: float) -> Check:
       for alpha, weight in zip((low, high), weights, strict=True):
         c = np.asarray(padic_kernel.level_weights(np.full((G, R), alpha), 3))
         mean = np.einsum("bgrts,bsgd->bgrtd", weight / np.sum(weight, -1, keepdims=True), v)
-        worst = max(worst, _largest(_attend("features", a, b, c, v, None, None), mean))
+        worst = max(worst, largest_difference(_attend("features", a, b, c, v, None, None), mean))
     return worst
 
   return measure
