@@ -17,12 +17,21 @@ def run(*args):
   return cli.execute(bench.main, ["bench", *args], bench.FLAGS, max_args=1)
 
 
+def test_every_mechanism_is_timed_unless_some_are_named():
+  bench.FLAGS.unparse_flags()
+  bench.FLAGS["attention"].value = None
+  bench.FLAGS(["bench", *SMALL])
+  assert list(bench.configurations(16)) == [*attention_names(), "plain"]
+  assert "plain" not in bench.configurations(4096)
+
+
 def test_speed_prints_a_table_and_writes_json(tmp_path, capsys):
   path = tmp_path / "speed.json"
-  assert run("speed", *SMALL, "--seq_len=16", "--seq_len=32", f"--json={path}") == 0
+  two = ("--attention=standard", "--attention=braid")
+  assert run("speed", *SMALL, *two, "--seq_len=16", "--seq_len=32", f"--json={path}") == 0
   report = json.loads(path.read_text())
   names = {row["attention"] for row in report["rows"]}
-  assert names == {*attention_names(), "plain"}
+  assert names == {"standard", "braid", "plain"}
   assert {row["seq_len"] for row in report["rows"]} == {16, 32}
   assert set(report["slopes"]) == names
   for row in report["rows"]:

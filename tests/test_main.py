@@ -185,8 +185,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_bitwise(settings, number, m
 
 def test_a_second_signal_stops_at_once(settings, monkeypatch, capsys):
   def twice():
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
+    # To this thread: two signals to the process may arrive as one.
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
   with after_step(monkeypatch, 2, twice), pytest.raises(KeyboardInterrupt):
     loop.run(settings)
