@@ -183,7 +183,15 @@ def test_a_signal_saves_and_the_same_command_goes_on_bitwise(settings, number, m
   assert result.summary["results"]["unigram_bpb"] is not None
 
 
-def test_a_second_signal_stops_at_once(settings, monkeypatch, capsys):
+@pytest.fixture
+def interruptible():
+  """Python's own SIGINT handler: a shell that starts the suite in the background has the signal ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_stops_at_once(settings, monkeypatch, capsys, interruptible):
   def twice():
     # To this thread: two signals to the process may arrive as one.
     signal.raise_signal(signal.SIGINT)
