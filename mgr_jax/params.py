@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROLES = ("matrix", "embedding", "head", "scalar")
+ROLES = ("matrix", "embedding", "head", "scalar", "direction", "log_scale", "gate")
+# Roles that stay in float32 when matrices are cast to the compute dtype: small, and exponentiated or compared.
+FLOAT32_ROLES = ("scalar", "log_scale", "gate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +24,15 @@ class ParamSpec:
   Args:
     shape: the array's shape; dimension `i` has the logical name `axes[i]`.
     axes: logical axis names (`"embed"`, `"heads"`, `"head_dim"`, `"vocab"`, `"mlp"`, `"layers"`, ...), for sharding.
-    role: optimizer group: `matrix` (hidden weights, decayed), `embedding`, `head`, or `scalar` (gains, biases, tables;
-      never decayed).
+    role: optimizer group: `matrix` (hidden weights, decayed), `embedding`, `head`, `scalar` (gains, biases, tables;
+      never decayed), or a part of a factored weight: `direction` (a matrix of which only the direction matters),
+      `log_scale` and `gate` (its size, as a logarithm or with a sign; never decayed).
     init: `"normal"` draws N(0, std²); `"zeros"`; `"constant"` fills with `std`; or a function `(key, shape) -> f32`.
     std: see `init`. `None` with `"normal"` means fan-in scaling, std = min(1, sqrt(out/in)) / sqrt(in).
     fan_in: number of leading dimensions (after any stacking) that are contracted with the input.
+    unit_axes: of a direction: the names of the axes over which it has the norm `radius`.
+    renorm: of a direction: optimizers restore that norm after every step.
+    drawn_with: name of a sibling whose key this array is drawn with too, so that both see the same random numbers.
   """
 
   shape: tuple[int, ...]
@@ -35,19 +41,44 @@ class ParamSpec:
   init: str | Callable = "normal"
   std: float | None = None
   fan_in: int = 1
+  unit_axes: tuple[str, ...] = ()
+  renorm: bool = False
+  drawn_with: str = ""
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
       raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
     if self.role not in ROLES:
       raise ValueError(f"role={self.role!r} is not one of {ROLES}")
+    if (self.role == "direction") != bool(self.unit_axes) or set(self.unit_axes) - set(self.axes):
+      raise ValueError(f"role={self.role!r} does not go with unit_axes={self.unit_axes} of axes {self.axes}")
 
   @property
   def size(self) -> int:
     return math.prod(self.shape)
 
+  @property
+  def one_layer(self) -> "ParamSpec":
+    """The specification of one layer of a stacked array, and any other one itself."""
+    if self.axes[:1] != ("layers",):
+      return self
+    return dataclasses.replace(self, shape=self.shape[1:], axes=self.axes[1:])
+
+  @property
+  def unit_dims(self) -> tuple[int, ...]:
+    """The dimensions that `unit_axes` names."""
+    return tuple(self.axes.index(name) for name in self.unit_axes)
+
+  @property
+  def radius(self) -> float:
+    """The norm of a direction over `unit_axes`: that of columns (over the `fan_in` dimensions) of mean square 1."""
+    n_in = math.prod(self.one_layer.shape[: self.fan_in])
+    return math.sqrt(math.prod(self.shape[d] for d in self.unit_dims) / n_in)
+
   def draw(self, key: jax.Array) -> jax.Array:
-    """Draws one float32 array from the initial distribution."""
+    """Draws one float32 array from the initial distribution; the layers of a stacked array independently."""
+    if self.one_layer is not self:
+      return jax.vmap(self.one_layer.draw)(jax.random.split(key, self.shape[0]))
     if callable(self.init):
       return jnp.asarray(self.init(key, self.shape), jnp.float32)
     if self.init == "zeros":
@@ -63,7 +94,8 @@ class ParamSpec:
     """Standard deviation of the `"normal"` distribution."""
     if self.std is not None:
       return self.std
-    n_in, n_out = math.prod(self.shape[: self.fan_in]), math.prod(self.shape[self.fan_in :])
+    shape = self.one_layer.shape
+    n_in, n_out = math.prod(shape[: self.fan_in]), math.prod(shape[self.fan_in :])
     return min(1.0, math.sqrt(n_out / n_in)) / math.sqrt(n_in)
 
 
@@ -84,9 +116,16 @@ def is_spec(leaf) -> bool:
   return isinstance(leaf, ParamSpec)
 
 
+def key_names(specs) -> list[str]:
+  """The name that the key of every leaf is folded from, in `jax.tree.leaves` order: its path, or its sibling's."""
+  leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+  sibling = lambda name, spec: name[: name.rfind("/") + 1] + spec.drawn_with if spec.drawn_with else name
+  return [sibling(name, spec) for name, spec in zip(leaf_names(specs), leaves, strict=True)]
+
+
 def init_params(key: jax.Array, specs):
   """Draws a parameter tree. Every leaf's key is folded from its path, so adding a leaf changes no other."""
-  names = leaf_names(specs)
+  names = key_names(specs)
   leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
   return jax.tree.unflatten(treedef, [s.draw(fold_in_name(key, n)) for n, s in zip(names, leaves, strict=True)])
 
@@ -95,10 +134,7 @@ def stack_specs(specs, n_layer: int):
   """Adds a leading `layers` axis of length `n_layer` to every specification."""
 
   def stack(spec: ParamSpec) -> ParamSpec:
-    def draw(key, shape):
-      return jax.vmap(spec.draw)(jax.random.split(key, shape[0]))
-
-    return dataclasses.replace(spec, shape=(n_layer, *spec.shape), axes=("layers", *spec.axes), init=draw)
+    return dataclasses.replace(spec, shape=(n_layer, *spec.shape), axes=("layers", *spec.axes))
 
   return jax.tree.map(stack, specs, is_leaf=is_spec)
 

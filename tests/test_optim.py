@@ -11,8 +11,8 @@ import pytest
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
 from mgr_jax.optim import make_optimizer, optimizer_settings
-from mgr_jax.optim.groups import group_labels, role_rates
-from mgr_jax.params import ROLES, ParamSpec
+from mgr_jax.optim.groups import group_labels, role_rates, stay_on_spheres
+from mgr_jax.params import ROLES, ParamSpec, stack_specs
 from mgr_jax.problems import UserError
 
 CFG = GPTConfig(vocab_size=64, seq_len=8, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
@@ -145,8 +145,10 @@ def test_default_rates_by_role():
   rates = {k: v for k, v in defaults.items() if k.endswith("_lr") or k == "lr_scale"}
   got = role_rates(CFG, **rates)
   assert got == pytest.approx(
-    {"matrix": 3e-3, "embedding": 0.2 * 48**0.5, "head": 0.004 * 48**0.5, "scalar": 3e-3}, rel=1e-12
+    dict.fromkeys(ROLES, 3e-3) | {"embedding": 0.2 * 48**0.5, "head": 0.004 * 48**0.5}, rel=1e-12
   )
+  slow = role_rates(CFG, **(rates | {"matrix_lr": 1.0}))
+  assert {role for role, rate in slow.items() if rate == 1.0} == {"matrix", "direction"}
   assert (defaults["weight_decay"], defaults["adam_b1"], defaults["adam_b2"], defaults["adam_eps"]) == (
     0.1,
     0.9,
@@ -203,3 +205,64 @@ def test_all_bad_settings_are_reported_together():
   named = [p.error.split("=")[0] for p in e.value.problems]
   assert named == ["--lr_scale", "--embed_lr", "--head_lr", "--adam_b2", "--adam_eps", "--weight_decay"]
   assert all(p.fix for p in e.value.problems)
+
+
+def factored(renorm: bool):
+  """Three stacked layers of a direction with columns over two axes, its sizes, and a matrix."""
+  v = ParamSpec((5, 2, 4), ("embed", "heads", "head_dim"), "direction", unit_axes=("embed", "head_dim"), renorm=renorm)
+  sizes = {role: ParamSpec((2,), ("heads",), role=role) for role in ("log_scale", "gate")}
+  return stack_specs({"v": v, "w": ParamSpec((5, 4), ("embed", "mlp"))} | sizes, 3)
+
+
+def on_sphere(specs, seed: int = 0):
+  rng = np.random.default_rng(seed)
+  params = {name: rng.normal(size=spec.shape).astype(np.float32) for name, spec in specs.items()}
+  spec = specs["v"]
+  size = np.sqrt(np.sum(params["v"] ** 2, axis=spec.unit_dims, keepdims=True))
+  return params | {"v": params["v"] * np.float32(spec.radius) / size}
+
+
+@pytest.mark.parametrize("renorm", [True, False])
+def test_directions_move_along_their_sphere(renorm):
+  specs = factored(renorm)
+  params, spec = on_sphere(specs), specs["v"]
+  updates = {name: 0.3 * p for name, p in on_sphere(specs, 1).items()}
+  got, _ = stay_on_spheres(specs).update(updates, optax.EmptyState(), params)
+  v, u = (np.float64(tree["v"]) for tree in (params, updates))
+  along = lambda x, y: np.sum(x * y, axis=spec.unit_dims, keepdims=True)
+  tangent = u - v * along(v, u) / along(v, v)
+  assert np.max(np.abs(along(v, tangent))) < 1e-6 < np.max(np.abs(along(v, u)))
+  moved = v + tangent
+  want = spec.radius * moved / np.sqrt(along(moved, moved)) if renorm else moved
+  np.testing.assert_allclose(v + got["v"], want, atol=1e-6)
+  norm = np.sqrt(along(v + got["v"], v + got["v"]))
+  if renorm:
+    np.testing.assert_allclose(norm, spec.radius, rtol=1e-6)
+  else:
+    assert np.all(norm > spec.radius * 1.01), "a tangent step leads outwards"
+  for name in ("w", "log_scale", "gate"):
+    np.testing.assert_array_equal(got[name], updates[name])
+
+
+def test_adamw_keeps_directions_on_their_sphere_and_decays_none_of_their_parts():
+  specs = factored(renorm=True)
+  optimizer = make_optimizer("adamw", specs, CFG, matrix_lr=0.1, weight_decay=0.5)
+  update = jax.jit(lambda g, s, p: optimizer.update(g, s, p))
+  params = start = on_sphere(specs)
+  state = optimizer.init(params)
+  for t in range(20):
+    updates, state = update(on_sphere(specs, t + 1), state, params)
+    params = optax.apply_updates(params, updates)
+  norms = np.sqrt(np.sum(np.square(params["v"]), axis=specs["v"].unit_dims))
+  np.testing.assert_allclose(norms, specs["v"].radius, rtol=1e-6)
+  assert distance(params["v"], start["v"]) > 0.1
+  still, _ = optimizer.update(jax.tree.map(np.zeros_like, start), optimizer.init(start), start)
+  assert max(np.max(np.abs(still[name])) for name in ("v", "log_scale", "gate")) < 1e-6 < np.max(np.abs(still["w"]))
+
+
+def test_a_direction_that_vanished_stays_finite():
+  specs = factored(renorm=True)
+  zero = jax.tree.map(np.zeros_like, on_sphere(specs))
+  for updates in (zero, on_sphere(specs)):
+    got, _ = stay_on_spheres(specs).update(updates, optax.EmptyState(), zero)
+    assert np.all(np.isfinite(got["v"]))

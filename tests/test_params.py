@@ -1,5 +1,6 @@
 """Parameter tables."""
 
+import dataclasses
 import math
 
 import jax
@@ -51,7 +52,46 @@ def test_names_fold_to_different_keys(key):
   assert not np.array_equal(*(jax.random.key_data(fold_in_name(key, n)) for n in ("a", "b")))
 
 
-@pytest.mark.parametrize("wrong", [{"axes": ("a",)}, {"role": "bias"}])
+def test_siblings_draw_from_one_key(key):
+  spec = ParamSpec((8,), (None,), std=1.0)
+  tree = {"a": {"v": spec, "s": dataclasses.replace(spec, drawn_with="v"), "u": spec}, "v": spec}
+  drawn = init_params(key, stack_specs(tree, 2))
+  np.testing.assert_array_equal(drawn["a"]["v"], drawn["a"]["s"])
+  assert not np.array_equal(drawn["a"]["v"], drawn["a"]["u"])
+  assert not np.array_equal(drawn["a"]["s"], drawn["v"]), "the sibling, not any leaf of that name"
+
+
+def test_stacking_keeps_what_a_spec_says():
+  spec = ParamSpec((4, 16, 64), ("heads", "head_dim", "embed"), fan_in=2)
+  stacked = stack_specs(spec, 3)
+  assert stacked.init == "normal"
+  assert stacked.normal_std == spec.normal_std == 1 / 8
+  assert stacked.one_layer == spec
+
+
+@pytest.mark.parametrize(
+  ("unit_axes", "dims", "radius"),
+  [(("heads", "head_dim"), (0, 1), 1), (("heads", "head_dim", "embed"), (0, 1, 2), 8), (("embed",), (2,), 1)],
+)
+def test_the_radius_is_that_of_columns_of_mean_square_one(unit_axes, dims, radius):
+  spec = ParamSpec((4, 16, 64), ("heads", "head_dim", "embed"), role="direction", fan_in=2, unit_axes=unit_axes)
+  assert spec.unit_dims == dims
+  assert spec.radius == pytest.approx(radius)
+  stacked = stack_specs(spec, 3)
+  assert stacked.unit_dims == tuple(d + 1 for d in dims)
+  assert stacked.radius == spec.radius
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"axes": ("a",)},
+    {"role": "bias"},
+    {"role": "direction"},
+    {"unit_axes": ("a",)},
+    {"role": "direction", "unit_axes": ("c",)},
+  ],
+)
 def test_malformed_specs_are_refused(wrong):
   with pytest.raises(ValueError, match=r"axes|role"):
     ParamSpec(**({"shape": (2, 3), "axes": ("a", "b")} | wrong))

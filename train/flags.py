@@ -48,6 +48,9 @@ class Settings:
   logit_softcap: float = _flag(15.0, "Logits z become c·tanh(z/c); 0 = off.")
   doc_mask: bool = _flag(False, "Packed documents do not attend to each other.")
 
+  ca_rule: str = _flag("none", "Elementary cellular automaton, 0 to 255, that initial matrices are made of; or none.")
+  ca_alpha: float = _flag(1.0, "Share of their variance that comes from its cells, 0 to 1; the rest is normal.")
+
   optimizer: str = _flag("adamw", "Optimizer.")
   lr_scale: float = _flag(1.0, "Multiplies the learning rate of every group.", part="optimizer")
   matrix_lr: float = _flag(0.0, "Learning rate of hidden matrices; 0 = the optimizer's own.", part="optimizer")
@@ -102,6 +105,11 @@ class Settings:
   progress: str = _flag("auto", "auto = bar on a terminal, else plain.", ("auto", "bar", "plain", "none"))
   tensorboard: bool = _flag(False, "Also write TensorBoard events into tb/ (needs the tensorboard extra).")
   on_nonfinite: str = _flag("raise", "raise, or skip:K = drop such updates and give up after K in a row.")
+
+  @property
+  def automaton(self) -> int | None:
+    """The rule of the cellular automaton that weights are initialised with, None for none."""
+    return None if self.ca_rule == "none" else int(self.ca_rule)
 
   @property
   def skip_limit(self) -> int | None:
@@ -198,6 +206,9 @@ def _range_problems(s: Settings) -> list[Problem]:
     need(name, getattr(s, name) >= -1, "is below -1")
   need("seed", s.seed < 2**32, "does not fit 32 bits")
   need("on_nonfinite", re.fullmatch(r"raise|skip:[1-9]\d*", s.on_nonfinite) is not None, "is not raise or skip:K")
+  rule = s.ca_rule == "none" or (re.fullmatch(r"[0-9]{1,3}", s.ca_rule) is not None and int(s.ca_rule) <= 255)
+  need("ca_rule", rule, "is not none or a rule from 0 to 255")
+  need("ca_alpha", 0 <= s.ca_alpha <= 1, "is outside 0 to 1")
   if s.batch_size >= 1 and s.grad_accum >= 1 and s.batch_size % s.grad_accum:
     near = max(d for d in range(1, s.grad_accum) if s.batch_size % d == 0)
     fix = f"use --grad_accum={near} or --batch_size={-(-s.batch_size // s.grad_accum) * s.grad_accum}"
@@ -226,6 +237,8 @@ def _useless(s: Settings) -> list[Problem]:
     ("resume", s.dry_run, "--dry_run starts from dummy weights", "leave --dry_run out"),
     ("mlp_ratio", s.mlp == "none", "--mlp=none has no width", "use another --mlp"),
     ("mlp_beta", not s.mlp.startswith("tropical"), f"--mlp={s.mlp} has no temperature", "use --mlp=tropical"),
+    ("ca_alpha", s.ca_rule == "none", "--ca_rule=none has no cells", "use --ca_rule=30"),
+    ("ca_rule", s.ca_alpha == 0, "--ca_alpha=0 leaves no share to its cells", "use --ca_alpha=0.5"),
     ("text_column", s.data in NAMED_DATA, f"--data={s.data} has its own column", "use --data=DIRECTORY"),
     ("val_from_train", s.data in NAMED_DATA, f"--data={s.data} has a validation split", "use --data=DIRECTORY"),
   )

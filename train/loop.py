@@ -22,7 +22,7 @@ from train.checkpoint import Checkpoints
 from train.flags import Settings, command
 from train.journal import Journal
 from train.nonfinite import NonFinite
-from train.plan import Plan, make_optimizer, make_plan, make_schedule
+from train.plan import Plan, initial_specs, make_optimizer, make_plan, make_schedule
 from train.probe import probe
 from train.resume import Start, describe, find_start
 from train.samples import draw_samples
@@ -117,7 +117,8 @@ class _Trainer:
       on_nonfinite=settings.on_nonfinite,
     )
     self.snap_step = annealing.snap_step(cfg, plan.steps)
-    self._set_state(jax.jit(lambda: init_train_state(cfg, optimizer, schedule, settings.seed)))
+    specs = initial_specs(settings, cfg)
+    self._set_state(jax.jit(lambda: init_train_state(cfg, optimizer, schedule, settings.seed, specs)))
 
   def _set_state(self, init) -> None:
     """Initial or restored state, and the place in the data that belongs to it."""

@@ -15,10 +15,12 @@ from mgr_jax.data.builtin import builtin_corpus, cache_dir
 from mgr_jax.data.corpus import Corpus, load_corpus
 from mgr_jax.data.tokenizer import Tokenizer
 from mgr_jax.model import annealing, gpt
+from mgr_jax.model.cellular_init import cellular_problems, cellular_specs
 from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from train.flags import Settings, arguments_of, setting_problems
 from train.samples import prompt_problems
+from train.step import init_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,13 @@ def make_schedule(settings: Settings, steps: int) -> schedules.Schedule:
   return schedules.make_schedule(settings.schedule, steps, **arguments_of(settings, "schedule", known))
 
 
+def initial_specs(settings: Settings, cfg: GPTConfig):
+  """The parameter table that initial weights are drawn from."""
+  specs = gpt.specs(cfg)
+  rule = settings.automaton
+  return specs if rule is None else cellular_specs(specs, rule, settings.ca_alpha)
+
+
 def matrix_rate(settings: Settings) -> float:
   """The learning rate of hidden matrices before the schedule's multiplier: the `lr` that is logged."""
   return settings.lr_scale * (settings.matrix_lr or optim.optimizer_settings(settings.optimizer)["matrix_lr"])
@@ -85,6 +94,9 @@ def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None
   asked = types.SimpleNamespace(vocab_size=tokenizer_lib.MIN_VOCAB, **model)
   found = model_problems(asked)
   problems += found or annealing.problems(GPTConfig(vocab_size=asked.vocab_size, **model), settings.schedule)
+  if not problems and settings.automaton is not None:
+    specs = gpt.specs(GPTConfig(vocab_size=asked.vocab_size, **model))
+    problems += cellular_problems(init_key(settings.seed), specs, settings.automaton, settings.seed)
   for make in (lambda: make_optimizer(settings, {}, asked), lambda: make_schedule(settings, max(1, steps))):
     try:
       make()

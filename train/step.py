@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from mgr_jax.model import annealing, gpt
-from mgr_jax.params import fold_in_name
+from mgr_jax.params import fold_in_name, init_params
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from mgr_jax.schedules import NO_EVENT, Schedule
 
@@ -40,12 +40,20 @@ class TrainState:
   annealed: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
+def init_key(seed: int) -> jax.Array:
+  """The key that initial weights are drawn with."""
+  return fold_in_name(jax.random.key(seed), "init")
+
+
 def init_train_state(
-  cfg, optimizer: optax.GradientTransformationExtraArgs, schedule: Schedule, seed: int
+  cfg, optimizer: optax.GradientTransformationExtraArgs, schedule: Schedule, seed: int, specs=None
 ) -> TrainState:
-  """The state before the first step. Under `jax.eval_shape` it is the abstract target of a restore."""
+  """The state before the first step. Under `jax.eval_shape` it is the abstract target of a restore.
+
+  `specs` replaces `gpt.specs(cfg)` where weights are to be drawn from other distributions.
+  """
   key = jax.random.key(seed)
-  params = gpt.init(fold_in_name(key, "init"), cfg)
+  params = gpt.init(init_key(seed), cfg) if specs is None else init_params(init_key(seed), specs)
   zero = functools.partial(jnp.zeros, (), jnp.int32)
   return TrainState(
     step=zero(),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from mgr_jax.attention import reversible
 from mgr_jax.attention.mechanism import Context, Mechanism
 from mgr_jax.config import GPTConfig, Item, build_options, config_problems, layer_items, nearest
 from mgr_jax.problems import Problem, UserError, raise_if_any
@@ -17,16 +18,18 @@ _FILES = (
   "simplicial",
   "braid",
   "fractal",
+  "surreal",
 )
 
 REGISTRY: dict[str, Mechanism] = {file: import_module(f"{__name__}.{file}").MECHANISM for file in _FILES}
 
 
 class Layer(NamedTuple):
-  """One layer's mechanism and its options."""
+  """One layer's mechanism and its options, and those of the reversible stack around it, if any."""
 
   mechanism: Mechanism
   options: Any
+  wrap: reversible.Options | None = None
 
 
 def attention_names() -> tuple[str, ...]:
@@ -44,24 +47,38 @@ def resolve(cfg: GPTConfig) -> tuple[Layer, ...]:
   for item in layer_items(cfg.attention, cfg.n_layer):
     try:
       layers.append(_look_up(item, cfg.attention))
-      layers[-1].mechanism.param_specs(cfg, layers[-1].options)
+      _check_fit(cfg, layers[-1])
     except ValueError as e:
       problems |= dict.fromkeys(_problems_of(e, item))
   raise_if_any(problems)
   return tuple(layers)
 
 
+def _check_fit(cfg: GPTConfig, layer: Layer) -> None:
+  if layer.wrap is not None:
+    reversible.check(cfg, layer.wrap, layer.mechanism.name, layer.options)
+    cfg = reversible.inner_config(cfg, layer.wrap)
+  layer.mechanism.param_specs(cfg, layer.options)
+
+
 def with_options(cfg: GPTConfig, layers: Sequence[Any]) -> GPTConfig:
   """`cfg` with other options, one per layer; the grammar names every option that is not at its default."""
   items = []
   for layer, options in zip(resolve(cfg), layers, strict=True):
-    changed = [(f.name, getattr(options, f.name)) for f in dataclasses.fields(options)]
-    changed = [(name, value) for name, value in changed if value != getattr(layer.mechanism.options, name)]
-    text = tuple((name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in changed)
-    items.append(str(Item(layer.mechanism.name, text)))
+    item = Item(layer.mechanism.name, _changed(options, layer.mechanism.options))
+    if layer.wrap is not None:
+      item = Item("reversible", _changed(layer.wrap, reversible.Options), item)
+    items.append(str(item))
   grouped = [(item, len(list(group))) for item, group in itertools.groupby(items)]
   attention = ",".join(item if n == 1 or len(grouped) == 1 else f"{item}*{n}" for item, n in grouped)
   return dataclasses.replace(cfg, attention=attention)
+
+
+def _changed(options, options_class: type) -> tuple[tuple[str, str], ...]:
+  """Grammar pairs of the options that are not at their default."""
+  values = [(f.name, getattr(options, f.name)) for f in dataclasses.fields(options)]
+  values = [(name, value) for name, value in values if value != getattr(options_class, name)]
+  return tuple((name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in values)
 
 
 def _look_up(item: Item, attention: str) -> Layer:
@@ -69,11 +86,17 @@ def _look_up(item: Item, attention: str) -> Layer:
   if record is None:
     hint = f"{nearest(item.name, attention_names())}known names: {', '.join(attention_names())}"
     raise UserError(Problem(f"unknown attention {item.name!r} in --attention={attention!r}", hint))
+  options = build_options(record.options, item.options, item.name)
+  if record.wrapper:
+    inner = _look_up(item.inner or Item("standard"), attention)
+    if inner.wrap is not None:
+      raise UserError(Problem(f"{item} wraps a wrapper", f"write {item.inner}, whose layers are reversible already"))
+    return Layer(inner.mechanism, inner.options, options)
   if item.inner is not None:
     raise UserError(
       Problem(f"{item.name} is not a wrapper, but {item} gives it {item.inner}", f"write {item.name}(option=value)")
     )
-  return Layer(record, build_options(record.options, item.options, item.name))
+  return Layer(record, options)
 
 
 def _problems_of(e: ValueError, item: Item) -> tuple[Problem, ...]:

@@ -66,7 +66,7 @@ def dense_attention(q, k, v, segment_ids_BT=None, window: int = 0):
   mask = visible(position[:, None], position[None, :], window, *segment_axes(segment_ids_BT, segment_ids_BT))
   scores = jnp.where(mask, scores, -jnp.inf)
   out = jnp.einsum("bkrts,bksd->bkrtd", jax.nn.softmax(scores, -1), v.astype(jnp.float32))
-  return out.astype(q.dtype), jax.nn.logsumexp(scores, -1)
+  return out.astype(v.dtype), jax.nn.logsumexp(scores, -1)
 
 
 def _scores(q, k):
@@ -77,6 +77,8 @@ def _scores(q, k):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def tiled_attention(q, k, v, segment_ids_BT, window: int, bounded: bool):
   """`dense_attention` one query tile at a time, with its own gradient (Dao et al., 2022, arXiv 2205.14135).
+
+  Values may be wider than keys, and of another dtype, which the output then has.
 
   Args:
     bounded: scores are known to stay below √D in size, so exp needs no running maximum.
@@ -101,7 +103,7 @@ def _tiled_forward(q, k, v, segment_ids, window, bounded):
       weight = jnp.exp(scores - top)
       mass = jnp.sum(weight, -1, keepdims=True)
       out = jnp.einsum("bkrts,bksd->bkrtd", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
-      return None, ((out / mass).astype(q_tile.dtype), (top + jnp.log(mass))[..., 0])
+      return None, ((out / mass).astype(values.dtype), (top + jnp.log(mass))[..., 0])
 
     _, (out, lse) = jax.lax.scan(tile, None, (tile_numbers(span), split_tiles(q, span, 3)))
     outs.append(join_tiles(out, 3))
@@ -140,7 +142,7 @@ def _tiled_bwd_rule(window, bounded, saved, cotangents):
       d_score = (scale * weight * (d_weight - delta_tile[..., None])).astype(dtype)
       dq = jnp.einsum("bkrts,bksd->bkrtd", d_score, keys, preferred_element_type=jnp.float32)
       back = functools.partial(jnp.einsum, "bkrts,bkrtd->bksd", preferred_element_type=jnp.float32)
-      return (dk_seen + back(d_score, q_tile), dv_seen + back(weight.astype(dtype), d_tile)), dq.astype(dtype)
+      return (dk_seen + back(d_score, q_tile), dv_seen + back(weight.astype(d_tile.dtype), d_tile)), dq.astype(dtype)
 
     tiles = [split_tiles(x, span, 3) for x in (q, d_out, delta, lse)]
     zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
@@ -148,7 +150,7 @@ def _tiled_bwd_rule(window, bounded, saved, cotangents):
     dk, dv = dk.at[:, :, seen].add(dk_seen), dv.at[:, :, seen].add(dv_seen)
     dqs.append(join_tiles(dq, 3))
   dq = jnp.concatenate(dqs, 3)[:, :, :, :T]
-  return dq, dk[:, :, :T].astype(dtype), dv[:, :, :T].astype(dtype), None
+  return dq, dk[:, :, :T].astype(dtype), dv[:, :, :T].astype(v.dtype), None
 
 
 tiled_attention.defvjp(_tiled_fwd_rule, _tiled_bwd_rule)

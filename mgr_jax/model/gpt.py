@@ -15,7 +15,7 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.flops import Cost
 from mgr_jax.model import annealing, stack
 from mgr_jax.model.cross_entropy import capped_logits, chunk_size, cross_entropy, token_nll
-from mgr_jax.params import ParamSpec, init_params, is_spec
+from mgr_jax.params import FLOAT32_ROLES, ParamSpec, init_params, is_spec
 
 
 def specs(cfg: GPTConfig):
@@ -34,7 +34,7 @@ def init(key: jax.Array, cfg: GPTConfig):
 
 def cast(params, cfg: GPTConfig):
   """Matrices and tables in the compute dtype, scalars in float32; differentiable, so gradients come back in float32."""
-  cast = lambda spec, p: p if spec.role == "scalar" else p.astype(cfg.compute_dtype)
+  cast = lambda spec, p: p if spec.role in FLOAT32_ROLES else p.astype(cfg.compute_dtype)
   return jax.tree.map(cast, specs(cfg), params, is_leaf=is_spec)
 
 
@@ -52,7 +52,8 @@ def context(positions_BT: jax.Array, cfg: GPTConfig, **fields) -> Context:
   return Context(positions_BT, shared={"rope": rope}, **fields)
 
 
-def _embed(params, tokens, cfg):
+def embed(params, tokens: jax.Array, cfg: GPTConfig) -> jax.Array:
+  """Normalised embeddings in the compute dtype, the input of the stack."""
   return rms_norm(params["embed"][tokens].astype(cfg.compute_dtype))
 
 
@@ -63,7 +64,7 @@ def hidden(params, tokens_BT: jax.Array, cfg: GPTConfig, segment_ids=None, annea
   else:
     positions = positions_in_documents(segment_ids)
   ctx = context(positions, cfg, segment_ids_BT=segment_ids, annealed=annealed or {}, probe=probe)
-  x, aux = stack.forward(params["runs"], _embed(params, tokens_BT, cfg), ctx, cfg)
+  x, aux = stack.forward(params["runs"], embed(params, tokens_BT, cfg), ctx, cfg)
   return rms_norm(x), aux
 
 
@@ -150,7 +151,7 @@ def decode(params, tokens_Bt: jax.Array, state: DecodeState, cfg: GPTConfig, val
   t = tokens_Bt.shape[1]
   positions = state.length_B[:, None] + jnp.arange(t)
   ctx = context(positions, cfg, valid_BT=valid_Bt)
-  x, run_states = stack.step(params["runs"], _embed(params, tokens_Bt, cfg), state.runs, ctx, cfg)
+  x, run_states = stack.step(params["runs"], embed(params, tokens_Bt, cfg), state.runs, ctx, cfg)
   logits = capped_logits(rms_norm(x), params["head"], cfg.logit_softcap, cfg.padded_vocab)
   consumed = t if valid_Bt is None else jnp.sum(valid_Bt, -1, dtype=jnp.int32)
   return logits[..., : cfg.vocab_size], DecodeState(state.length_B + consumed, run_states)

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from mgr_jax.optim.groups import group_labels, rate_problems, role_rates, scale_by_group
+from mgr_jax.optim.groups import group_labels, rate_problems, role_rates, scale_by_group, stay_on_spheres
 from mgr_jax.params import ROLES
 from mgr_jax.problems import Problem, raise_if_any
 
@@ -29,6 +29,8 @@ def adamw(
 
   Decayed are the leaves of role `matrix`: the weights of attention and MLP. The embedding, the head and scalars (gains,
   biases, tables) are not. The decay is multiplied by the learning rate and the schedule, as the gradient step is.
+  Directions learn at the rate of matrices, on their spheres (`groups.stay_on_spheres`); their sizes, `log_scale` and
+  `gate`, at that of scalars.
 
   Args:
     specs: tree of `ParamSpec` of the model.
@@ -61,4 +63,5 @@ def adamw(
     optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
     optax.add_decayed_weights(weight_decay, mask=jax.tree.map(lambda role: role == "matrix", roles)),
     scale_by_group(roles, role_rates(cfg, lr_scale=lr_scale, **rates)),
+    stay_on_spheres(specs),
   )
