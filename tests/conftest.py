@@ -1,5 +1,6 @@
 """Fixtures for the whole suite, and a fast compiler: the suite compiles many small programs once each."""
 
+import collections
 import importlib.metadata
 import itertools
 import os
@@ -16,6 +17,47 @@ import jax
 import pytest
 
 _finished = itertools.count()
+
+# Of these parametrized tests the suite runs the first cases only, of conformance tests those of every mechanism;
+# `--all_cases` runs all of them. What is left out repeats a check at other sizes, or on variants of a mechanism.
+QUICK_CASES = {
+  "test_conformance_claims_hold": 4,
+  "test_shapes_dtypes_and_finiteness": 5,
+  "test_a_model_trains_with_it": 1,
+  "test_blocks_equal_the_states_of_all_tokens": 1,
+  "test_decode_after_a_long_first_piece": 3,
+  "test_decoding_in_pieces_of_any_size_gives_the_whole": 3,
+  "test_frozen_levels_keep_tables_and_coarse_digits": 1,
+  "test_greedy_ids_equal_the_full_forward_on_every_prefix": 2,
+  "test_long_ragged_pieces_decode_like_the_whole": 2,
+  "test_memory_grows_linearly_with_the_sequence": 1,
+  "test_prompts_longer_than_a_piece_beside_short_ones": 2,
+  "test_training_memory_grows_linearly": 2,
+  "test_training_memory_grows_linearly_with_length": 2,
+}
+
+
+def pytest_addoption(parser):
+  parser.addoption("--all_cases", action="store_true", help="also run the repeats that the quick suite leaves out")
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption("--all_cases") or any("[" in arg for arg in config.args):
+    return
+  seen, kept, dropped = collections.Counter(), [], []
+  for item in items:
+    limit = QUICK_CASES.get(item.originalname)
+    group = item.path.name, item.originalname, _mechanism(item) if item.path.name == "test_conformance.py" else ""
+    seen[group] += 1
+    (kept if limit is None or seen[group] <= limit else dropped).append(item)
+  items[:] = kept
+  config.hook.pytest_deselected(items=dropped)
+
+
+def _mechanism(item) -> str:
+  """The name before the options of a variant; a hybrid is a group of its own."""
+  attention = item.callspec.params["attention"] if hasattr(item, "callspec") else ""
+  return attention if ")," in attention or "," in attention.split("(")[0] else attention.split("(")[0]
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,8 @@ class Mechanism:
     annealed: `opts -> {option: Homotopy}` of the options that change during training; their values reach `apply` and
       `step` as `ctx.annealed[option]`, and without one they stand at their first value.
     snapped: `opts -> options` for the last 5% of training, with the same parameters; equal to `opts` without a change.
+    wrapper: the name takes an item of the grammar and changes the stack around it; `options` are those of the stack,
+      and `attention.reversible.check` says what fits.
   """
 
   name: str
@@ -72,6 +74,7 @@ class Mechanism:
   variants: tuple[str, ...] = ()
   annealed: Callable[[Any], dict[str, Homotopy]] = lambda opts: {}
   snapped: Callable[[Any], Any] = lambda opts: opts
+  wrapper: bool = False
 
 
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -1,5 +1,6 @@
 """The stack of blocks: homogeneous runs of layers share one stacked parameter tree and one `lax.scan`."""
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from mgr_jax.attention import Context, Mechanism, resolve
+from mgr_jax.attention import reversible as wrapper
 from mgr_jax.attention.mechanism import rms_norm
 from mgr_jax.flops import Cost
-from mgr_jax.model import layers
+from mgr_jax.model import couplings, layers, reversible
 from mgr_jax.params import stack_specs
 
 # Layers per iteration of a run's scan. Measured forward+backward on two CPU cores at 4 layers, 128 wide: 0.83x of one
@@ -18,12 +20,21 @@ UNROLL = 4
 
 
 class Run(NamedTuple):
-  """`n_layer` consecutive layers with the same mechanism and options, starting at layer `first`."""
+  """`n_layer` consecutive layers with the same mechanism and options, starting at layer `first`.
+
+  `wrap` holds the options of the reversible stack they belong to, if any.
+  """
 
   mechanism: Mechanism
   options: Any
   first: int
   n_layer: int
+  wrap: wrapper.Options | None = None
+
+  @property
+  def n_param_layer(self) -> int:
+    """Layers that the parameters are stacked over: one when all share them."""
+    return 1 if self.wrap is not None and self.wrap.tied else self.n_layer
 
 
 def runs(cfg) -> tuple[Run, ...]:
@@ -31,19 +42,32 @@ def runs(cfg) -> tuple[Run, ...]:
   found, first = [], 0
   for layer, group in itertools.groupby(resolve(cfg)):
     n = len(list(group))
-    found.append(Run(layer.mechanism, layer.options, first, n))
+    found.append(Run(layer.mechanism, layer.options, first, n, layer.wrap))
     first += n
   return tuple(found)
 
 
+def segments(cfg) -> list[tuple[wrapper.Options | None, slice]]:
+  """Which runs form one reversible stack: equal neighbours belong together, and every plain run stands alone."""
+  found, first = [], 0
+  key = lambda numbered: (numbered[1].wrap, numbered[0] if numbered[1].wrap is None else -1)
+  for (wrap, _), group in itertools.groupby(enumerate(runs(cfg)), key):
+    n = len(list(group))
+    found.append((wrap, slice(first, first + n)))
+    first += n
+  return found
+
+
 def layer_specs(cfg, run: Run) -> dict[str, Any]:
-  """The tree `{"attention": ..., "mlp": ...}` of one layer of a run."""
+  """The tree `{"attention": ..., "mlp": ...}` of one layer of a run, with `mix` in a reversible stack."""
+  if run.wrap is not None:
+    return couplings.layer_specs(cfg, run.mechanism, run.options, run.wrap)
   return {"attention": run.mechanism.param_specs(cfg, run.options), "mlp": layers.mlp_specs(cfg)}
 
 
 def specs(cfg) -> tuple[dict[str, Any], ...]:
   """One tree per run, every leaf stacked over the run's layers."""
-  return tuple(stack_specs(layer_specs(cfg, run), run.n_layer) for run in runs(cfg))
+  return tuple(stack_specs(layer_specs(cfg, run), run.n_param_layer) for run in runs(cfg))
 
 
 def annealed_keys(run: Run) -> dict[str, str]:
@@ -58,59 +82,97 @@ def _context_of(run: Run, ctx: Context) -> Context:
   return ctx.replace(annealed={option: ctx.annealed[key] for option, key in keys.items() if key in ctx.annealed})
 
 
+def stages_of(cfg, members: tuple[Run, ...]) -> tuple[reversible.Stage, ...]:
+  """The runs of one reversible stack, as `model.reversible` takes them."""
+  return tuple(
+    reversible.Stage(
+      couplings.couplings(cfg, run.mechanism, run.options, run.wrap, functools.partial(_context_of, run)),
+      run.first,
+      run.n_layer,
+    )
+    for run in members
+  )
+
+
 def forward(params, x_BTC: jax.Array, ctx: Context, cfg) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Applies all blocks, x + attention(norm(x)) then x + mlp(norm(x)).
+  """Applies all blocks, x + attention(norm(x)) then x + mlp(norm(x)), or those of reversible stacks.
 
   Returns the output and `aux`: `aux_loss` summed over layers, everything else as `<mechanism>/<name>` with a leading
   axis over that mechanism's layers.
   """
-  aux_all: dict[str, list[jax.Array]] = {}
-  aux_loss = jnp.zeros((), jnp.float32)
-  for run, run_params in zip(runs(cfg), params, strict=True):
-    run_ctx = _context_of(run, ctx)
+  members = runs(cfg)
+  collected: dict[str, list[jax.Array]] = {}
+  for wrap, span in segments(cfg):
+    if wrap is None:
+      x_BTC, aux = _plain(members[span.start], params[span.start], x_BTC, ctx, cfg)
+      auxes = [aux]
+    else:
+      x_BTC, auxes = reversible.forward(stages_of(cfg, members[span]), params[span], x_BTC, ctx, wrap, UNROLL)
+    for aux in auxes:
+      for name, values in aux.items():
+        collected.setdefault(name, []).append(values)
+  merged = {name: jnp.concatenate(values) for name, values in collected.items()}
+  return x_BTC, merged | {"aux_loss": jnp.sum(merged.get("aux_loss", jnp.zeros((1,), jnp.float32)))}
 
-    def block(x, layer_params, run=run, ctx=run_ctx):
-      y, aux = run.mechanism.apply(layer_params["attention"], rms_norm(x), ctx, cfg, run.options)
-      x = x + y
-      return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), aux
 
-    if cfg.remat == "full":
-      block = jax.checkpoint(block, prevent_cse=False)
-    x_BTC, aux = jax.lax.scan(block, x_BTC, run_params, unroll=min(UNROLL, run.n_layer))
-    aux_loss += jnp.sum(aux.pop("aux_loss", 0.0))
-    for name, values in aux.items():
-      aux_all.setdefault(f"{run.mechanism.name}/{name}", []).append(values)
-  return x_BTC, {"aux_loss": aux_loss} | {name: jnp.concatenate(v) for name, v in aux_all.items()}
+def _plain(run: Run, params, x_BTC, ctx: Context, cfg):
+  """One run of ordinary blocks: (x, aux stacked over layers)."""
+  ctx = _context_of(run, ctx)
+
+  def block(x, layer_params):
+    y, aux = run.mechanism.apply(layer_params["attention"], rms_norm(x), ctx, cfg, run.options)
+    x = x + y
+    aux = {name if name == "aux_loss" else f"{run.mechanism.name}/{name}": value for name, value in aux.items()}
+    return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), aux
+
+  if cfg.remat == "full":
+    block = jax.checkpoint(block, prevent_cse=False)
+  return jax.lax.scan(block, x_BTC, params, unroll=min(UNROLL, run.n_layer))
 
 
 def init_state(cfg, batch: int, max_len: int) -> tuple[Any, ...]:
   """One stacked decode state per run."""
-
-  def stacked(run: Run):
-    one = run.mechanism.init_state(cfg, run.options, batch, max_len)
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (run.n_layer, *a.shape)), one)
-
-  return tuple(stacked(run) for run in runs(cfg))
+  members, states = runs(cfg), []
+  for wrap, span in segments(cfg):
+    if wrap is None:
+      run = members[span.start]
+      one = run.mechanism.init_state(cfg, run.options, batch, max_len)
+      states.append(jax.tree.map(lambda a, n=run.n_layer: jnp.broadcast_to(a, (n, *a.shape)), one))
+    else:
+      states += reversible.init_state(stages_of(cfg, members[span]), batch, max_len)
+  return tuple(states)
 
 
 def step(params, x_BtC: jax.Array, state, ctx: Context, cfg) -> tuple[jax.Array, tuple[Any, ...]]:
   """Applies all blocks to t new tokens."""
-  new_state = []
-  for run, run_params, run_state in zip(runs(cfg), params, state, strict=True):
-
-    def block(x, xs, run=run):
-      layer_params, layer_state = xs
-      y, layer_state = run.mechanism.step(layer_params["attention"], rms_norm(x), layer_state, ctx, cfg, run.options)
-      x = x + y
-      return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), layer_state
-
-    x_BtC, run_state = jax.lax.scan(block, x_BtC, (run_params, run_state), unroll=min(UNROLL, run.n_layer))
-    new_state.append(run_state)
+  members, new_state = runs(cfg), []
+  for wrap, span in segments(cfg):
+    if wrap is None:
+      x_BtC, after = _plain_step(members[span.start], params[span.start], x_BtC, state[span.start], ctx, cfg)
+      new_state.append(after)
+    else:
+      stages = stages_of(cfg, members[span])
+      x_BtC, after = reversible.step(stages, params[span], x_BtC, state[span], ctx, wrap, UNROLL)
+      new_state += after
   return x_BtC, tuple(new_state)
+
+
+def _plain_step(run: Run, params, x_BtC, state, ctx: Context, cfg):
+  def block(x, xs):
+    layer_params, layer_state = xs
+    y, layer_state = run.mechanism.step(layer_params["attention"], rms_norm(x), layer_state, ctx, cfg, run.options)
+    x = x + y
+    return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), layer_state
+
+  return jax.lax.scan(block, x_BtC, (params, state), unroll=min(UNROLL, run.n_layer))
 
 
 def cost(cfg, T: int) -> Cost:
   """Forward cost per token of all blocks at context T."""
-  return sum(
-    (run.n_layer * (run.mechanism.cost(cfg, run.options, T) + layers.mlp_cost(cfg)) for run in runs(cfg)), Cost()
-  )
+
+  def layer(run: Run) -> Cost:
+    if run.wrap is not None:
+      return couplings.cost(cfg, run.mechanism, run.options, run.wrap, T)
+    return run.mechanism.cost(cfg, run.options, T) + layers.mlp_cost(cfg)
+
+  return sum((run.n_layer * layer(run) for run in runs(cfg)), Cost())
