@@ -5,8 +5,8 @@
 with F the wrapped mechanism and G the MLP, each after a norm. Whatever F and G are, the map is a bijection with unit
 determinant, and its inverse needs no solver. The backward pass reconstructs the inputs of each layer from its outputs,
 at the price of one more forward pass. Subtraction undoes addition bit for bit only in integers, so streams are int32
-fixed point. With bfloat16 inside F and G, a float32 stream that comes back one unit off flips a rounding inside the next
-F, and the error grows: 0.8 after 96 layers at width 64 and T=128.
+fixed point. With bfloat16 inside F and G, a float32 stream that comes back one unit off flips a rounding inside the
+next F, and the error grows: 0.8 after 96 layers at width 64 and T=128.
 
 As a layer of its own it is `standard`; what it changes is the stack, in `model.reversible`.
 """
