@@ -1,5 +1,7 @@
 """Benchmarks. `python -m train.bench speed` times every mechanism against softmax attention, interleaved in one run.
 
+`python -m train.bench dominance` measures which of depth, width and data to double next (`train/dominance/program.py`).
+
 Forward, forward+backward, decode and compile time, and compiled temporary memory, of the whole model. Ratios are
 medians over rounds in which every candidate runs once, so drift of the machine cancels. Nothing is asserted about time.
 """
@@ -9,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -168,10 +171,10 @@ def configurations(seq_len: int) -> dict[str, GPTConfig]:
 
 
 def main(argv: list[str]) -> int:
-  """`speed` is the one benchmark so far."""
+  """The benchmark `speed`; `dominance` has flags of its own, see `program`."""
   if argv[1:] != ["speed"]:
     what = f"unknown benchmark {argv[1]!r}" if len(argv) > 1 else "no benchmark named"
-    raise UserError(Problem(what, "python -m train.bench speed"))
+    raise UserError(Problem(what, "python -m train.bench speed, or python -m train.bench dominance"))
   if FLAGS.batch_size < 1:
     raise UserError(Problem(f"--batch_size={FLAGS.batch_size} is not positive", "use --batch_size=8"))
   if FLAGS.json and not os.path.isdir(os.path.dirname(os.path.abspath(FLAGS.json))):
@@ -190,5 +193,14 @@ def main(argv: list[str]) -> int:
   return 0
 
 
+def program(argv: list[str]) -> tuple[Callable[[list[str]], int], flags.FlagValues]:
+  """The main function and the flags of the benchmark that a command line names."""
+  if "dominance" not in argv[1:]:
+    return main, FLAGS
+  from train.dominance import program as dominance
+
+  return dominance.main, dominance.FLAGS
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS, max_args=1)
+  cli.run(*program(sys.argv), max_args=1)
