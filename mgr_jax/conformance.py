@@ -223,7 +223,7 @@ def grouped_heads(cfg: GPTConfig, broken: bool = False):
       if "kv_heads" not in names:
         return p
       axis = names.index("kv_heads")
-      uneven = 1.1 * p if broken else p
+      uneven = p + 0.1 * np.cos(np.arange(p.size)).reshape(p.shape) if broken else p
       return np.stack([p, uneven], axis + 1).reshape(*p.shape[:axis], -1, *p.shape[axis + 1 :])
 
     wide = jax.tree.map(expand, params, axes)
