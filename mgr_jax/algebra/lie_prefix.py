@@ -75,7 +75,7 @@ def prefix_quaternions(
   return _quaternions(u, initial, scan, axis, component, normalise)
 
 
-def _scan(multiply, one, u, initial, scan: str, axis: int):
+def scan_products(multiply, one, u, initial, scan: str, axis: int):
   """Prefix products of a tree of arrays under multiply(newer, older); `one` broadcasts to its identity."""
   chunk = check_scan(scan)
   if chunk == 0:
@@ -125,7 +125,7 @@ def _sum_from(x, scan: str, axis: int):
   """Σ_(t>=s) x_t for every s."""
   if scan == "assoc":
     return jax.lax.cumsum(x, axis, reverse=True)
-  return jnp.flip(_scan(jnp.add, 0.0, jnp.flip(x, axis), None, scan, axis), axis)
+  return jnp.flip(scan_products(jnp.add, 0.0, jnp.flip(x, axis), None, scan, axis), axis)
 
 
 def _transposed(T):
@@ -133,7 +133,7 @@ def _transposed(T):
 
 
 def _matrix_products(U, initial, scan, axis, reorthogonal):
-  T = _scan(matmul, np.eye(U.shape[-1]), U, initial, scan, axis)
+  T = scan_products(matmul, np.eye(U.shape[-1]), U, initial, scan, axis)
   return reorthogonalise(T) if reorthogonal else T
 
 
@@ -162,10 +162,10 @@ _matrices.defvjp(_matrices_forward, _matrices_backward)
 def _quaternion_products(u, initial, scan, axis, component, normalise):
   # A tree of products compiles three times sooner on whole arrays; step by step, separate components are faster.
   if scan == "assoc":
-    T = _scan(lambda newer, older: hamilton(newer, older, component), None, u, initial, scan, axis)
+    T = scan_products(lambda newer, older: hamilton(newer, older, component), None, u, initial, scan, axis)
   else:
     start = None if initial is None else components(initial, component)
-    T = jnp.stack(_scan(product, _ONE, components(u, component), start, scan, axis), component)
+    T = jnp.stack(scan_products(product, _ONE, components(u, component), start, scan, axis), component)
   return unit(T, component) if normalise else T
 
 

@@ -22,6 +22,7 @@ _FILES = (
   "reversible",
   "quaternion",
   "surreal",
+  "gauge",
 )
 
 REGISTRY: dict[str, Mechanism] = {file: import_module(f"{__name__}.{file}").MECHANISM for file in _FILES}

@@ -6,7 +6,17 @@ from mgr_jax.config import nearest
 from mgr_jax.problems import Problem, UserError
 from train.experiments.records import Experiment
 
-_FILES = ("tropical_capacity", "ultrametric_routing", "simplicial_triple", "fractal_retrieval")
+_FILES = (
+  "tropical_capacity",
+  "ultrametric_routing",
+  "simplicial_triple",
+  "fractal_retrieval",
+  "quaternion_frames",
+  "surreal_param",
+  "gauge_word_problem",
+  "octonion_words",
+  "reversible_quality",
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
   name: importlib.import_module(f"train.experiments.{name}").EXPERIMENT for name in _FILES
