@@ -4,7 +4,7 @@ from train.experiments import recall
 from train.experiments.records import Arm, Experiment, Prediction, Task
 
 VALUES, QUERIES = 8, 16
-RUNGS = (8, 16)
+RUNGS = (16, 32)
 LAYOUT = {"room": RUNGS[-1], "queries": QUERIES, "keys": RUNGS[-1], "values": VALUES}
 TESTS = {f"N={n}": recall.recall(n, **LAYOUT) for n in RUNGS}
 
@@ -31,18 +31,18 @@ EXPERIMENT = Experiment(
   ),
   predictions=(
     Prediction(
-      "a reversible stack stays within 5 points of a plain one", "reversible", "plain", "N=16", at_least=-0.05
+      "a reversible stack stays within 5 points of a plain one", "reversible", "plain", "N=32", at_least=-0.05
     ),
     Prediction(
-      "integer streams stay within 5 points of float streams", "reversible", "float streams", "N=16", at_least=-0.05
+      "integer streams stay within 5 points of float streams", "reversible", "float streams", "N=32", at_least=-0.05
     ),
     Prediction(
-      "the causal symplectic stack stays within 5 points of a plain one", "symplectic", "plain", "N=16", at_least=-0.05
+      "the causal symplectic stack stays within 5 points of a plain one", "symplectic", "plain", "N=32", at_least=-0.05
     ),
   ),
-  steps=400,
+  steps=500,
   batch_size=32,
   test_rows=256,
   ladder=tuple(TESTS),
-  limits=("4 layers, where reversibility is of no use; memory and time are measured by train.bench speed",),
+  limits="4 layers, where reversibility is of no use; memory and time are measured by train.bench speed",
 )
