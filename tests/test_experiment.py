@@ -168,10 +168,12 @@ class TestTasks:
       assert set(task.chance(data)) == set(task.tests)
       for generator in (task.train, *task.tests.values()):
         batch = jax.eval_shape(lambda key, g=generator, d=data: g(key, 3, d), jax.random.key(0))
+        rows, length = batch["tokens"].shape
+        assert rows == 3 and length <= task.seq_len
         assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
-          "tokens": ((3, task.seq_len), "int32"),
-          "targets": ((3, task.seq_len), "int32"),
-          "weights": ((3, task.seq_len), "float32"),
+          "tokens": ((3, length), "int32"),
+          "targets": ((3, length), "int32"),
+          "weights": ((3, length), "float32"),
         }
 
 
