@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgr_jax.attention import REGISTRY
+from mgr_jax.attention import REGISTRY, model_problems
 from mgr_jax.claims import Claim, claim, largest_difference, relative_difference
 from mgr_jax.config import GPTConfig, Item, parse_attention
 from mgr_jax.model import gpt, stack
@@ -23,22 +23,29 @@ SHORT, LONG = 21, 150
 
 
 def tiny(cfg: GPTConfig, seq_len: int = SHORT, n_layer: int | None = None) -> GPTConfig:
-  """The same attention pattern at toy size: head size 8, at most two query heads per key/value head."""
+  """The same attention pattern at toy size: at most two query heads per key/value head, of size 8.
+
+  Heads have size 12 or 24 where the pattern needs that, as blocks of three or six channels do.
+  """
   pattern = len(parse_attention(cfg.attention))
-  repeats = min(2, cfg.n_head // cfg.n_kv_head)
-  return dataclasses.replace(
-    cfg,
-    vocab_size=VOCAB,
-    seq_len=seq_len,
-    n_layer=n_layer or max(pattern, 1),
-    n_head=2 * repeats,
-    n_kv_head=2,
-    n_embd=16 * repeats,
-    mlp_ratio=2.0,
-    compute_dtype="float32",
-    remat="none",
-    loss_chunk=0,
-  )
+  n_head = 2 * min(2, cfg.n_head // cfg.n_kv_head)
+  for head_dim in (8, 12, 24):
+    small = dataclasses.replace(
+      cfg,
+      vocab_size=VOCAB,
+      seq_len=seq_len,
+      n_layer=n_layer or max(pattern, 1),
+      n_head=n_head,
+      n_kv_head=2,
+      n_embd=n_head * head_dim,
+      mlp_ratio=2.0,
+      compute_dtype="float32",
+      remat="none",
+      loss_chunk=0,
+    )
+    if not model_problems(small):
+      break
+  return small
 
 
 def _rng(key: jax.Array, name: str) -> np.random.Generator:
@@ -214,7 +221,7 @@ def grouped_heads(cfg: GPTConfig, broken: bool = False):
 
   def measure(key, scale):
     del scale
-    grouped = dataclasses.replace(cfg, n_head=4, n_kv_head=2, n_embd=32)
+    grouped = dataclasses.replace(cfg, n_head=4, n_kv_head=2, n_embd=4 * cfg.head_dim)
     repeated = dataclasses.replace(grouped, n_kv_head=4)
     params, tokens = noisy_params(key, grouped), tokens_of(key, 2, SHORT)
     axes = jax.tree.map(lambda spec: spec.axes, gpt.specs(grouped), is_leaf=gpt.is_spec)

@@ -45,6 +45,11 @@ def test_conformance_claims_hold(attention, key):
     assert result.holds, f"{result.message or result}"
 
 
+@pytest.mark.parametrize(("attention", "head_dim"), [("gauge(b=3)", 12), ("gauge(b=3),octonion", 24), ("gauge", 8)])
+def test_the_tiny_copy_has_heads_that_fit(attention, head_dim):
+  assert tiny(config(attention, n_head=1, n_kv_head=1, n_embd=48)).head_dim == head_dim
+
+
 def test_every_mechanism_is_part_of_a_hybrid():
   assert all(any(name in hybrid for hybrid in HYBRIDS) for name in attention_names())
 

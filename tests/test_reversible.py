@@ -255,3 +255,15 @@ def test_equal_wrappers_form_one_stack_and_others_do_not():
   spans = lambda attention, n: [span for _, span in stack.segments(config(attention, n))]
   assert spans("reversible(tropical),reversible,standard,standard", 4) == [slice(0, 2), slice(2, 3)]
   assert spans("reversible,reversible(mix=givens)", 2) == [slice(0, 1), slice(1, 2)]
+
+
+def test_a_stack_of_three_mechanisms_is_recovered_and_has_the_gradient_of_autodiff(key):
+  items = ("tropical", "standard", "braid")
+  stacked = lambda backward: ",".join(f"reversible({item}, state=float32, backward={backward})" for item in items)
+  cfg = config(stacked("reconstruct"), n_layer=6)
+  exact = config(",".join(f"reversible({item})" for item in items), n_layer=6)
+  params, batch = conformance.noisy_params(key, cfg), batch_of(cfg, key)
+  _, gradient = loss_and_gradient(params, batch, cfg)
+  _, wanted = loss_and_gradient(params, batch, dataclasses.replace(cfg, attention=stacked("autodiff")))
+  assert relative_difference(gradient, wanted) < 5e-5
+  assert missed(params, batch["tokens"], exact) == (0, 0)

@@ -16,12 +16,12 @@ _FILES = (
   "tropical",
   "ultrametric",
   "simplicial",
+  "quaternion",
+  "octonion",
   "braid",
   "fractal",
-  "octonion",
-  "reversible",
-  "quaternion",
   "surreal",
+  "reversible",
   "gauge",
 )
 

@@ -19,7 +19,7 @@ class Task:
 
   Args:
     name: shown in tables.
-    vocab_size, seq_len: of every batch.
+    vocab_size: of every batch; seq_len: of the longest one.
     train: draws training batches; only targets of positive weight count.
     tests: generator by name; names are unique within an experiment.
     chance: by test, the score of the best answer that ignores the context: accuracy, or loss in nats per token.
