@@ -10,7 +10,7 @@ import pytest
 
 from mgr_jax.attention import gauge, gauge_claims, gauge_connection, gauge_fibres
 from mgr_jax.attention.gauge_chain import Chain, Setting
-from mgr_jax.attention.gauge_options import Options, poisson_terms
+from mgr_jax.attention.gauge_options import Options
 from mgr_jax.claims import relative_difference, run_claims
 from mgr_jax.config import GPTConfig
 from mgr_jax.flops import matmul_flops
@@ -72,8 +72,8 @@ class TestOptions:
     np.testing.assert_array_equal(specs["gen_out"].draw(jax.random.key(0)), 0)
 
   def test_poisson_series_are_as_long_as_the_tail_asks(self):
-    assert [poisson_terms(m) for m in (0.2, 1, 4, 8, 16)] == [5, 10, 18, 27, 41]
-    assert poisson_terms(0.01) == 3, "and a single term leaves a tail of 5e-5"
+    assert [Options(mixer="poisson", m_max=m).n_terms for m in (0.2, 1, 4, 8, 16)] == [5, 10, 18, 27, 41]
+    assert Options(mixer="poisson", m_max=0.01).n_terms == 3, "and a single term leaves a tail of 5e-5"
     assert Options(mixer="poisson", terms=7).n_terms == 7
 
 

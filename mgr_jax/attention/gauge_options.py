@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from mgr_jax.algebra.lie_prefix import check_scan
+from mgr_jax.algebra.uniformization import fewest_terms
 
 CHOICES = {
   "b": (2, 3, 4, 6, 8),
@@ -106,15 +107,4 @@ class Options:
   @property
   def n_terms(self) -> int:
     """Hops after which the Poisson series ends."""
-    return self.terms or poisson_terms(self.m_max)
-
-
-def poisson_terms(m: float, tail: float = TAIL) -> int:
-  """The smallest K >= 1 with Pr[Poisson(m) > K] <= tail."""
-  K, weight = 0, math.exp(-m)
-  left = 1 - weight
-  while left > tail or K < 1:
-    K += 1
-    weight *= m / K
-    left -= weight
-  return K
+    return self.terms or fewest_terms(self.m_max, TAIL)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mgr_jax.algebra.uniformization import poisson_sum
 from mgr_jax.attention.gauge_options import Options
 from mgr_jax.attention.mechanism import write_rows
 from mgr_jax.params import ParamSpec
@@ -75,17 +76,7 @@ def mix_hops(params, q, k, v, segment_ids_BT, cfg, opts: Options) -> jax.Array:
   P = hop_weights(params, q, k, segment_ids_BT, taps)
   m = rate(params, q.shape[1], opts)[:, :, None, None]
   values = jnp.broadcast_to(v[:, :, None], q.shape).astype(jnp.float32)
-  body = lambda z, n: (values + m / n * hop(P, z, taps), None)
-  z, _ = jax.lax.scan(body, values, jnp.arange(opts.n_terms, 0, -1, dtype=jnp.float32))
-  return (z / _horner_sum(m, opts.n_terms)).astype(q.dtype)
-
-
-def _horner_sum(m, terms: int):
-  """Σ_(k<=K) m^k / k!."""
-  total = jnp.ones_like(m)
-  for n in range(terms, 0, -1):
-    total = 1 + m / n * total
-  return total
+  return poisson_sum(lambda z: hop(P, z, taps), values, m, opts.n_terms).astype(q.dtype)
 
 
 class Hops(NamedTuple):
@@ -122,12 +113,12 @@ def step_hops(params, q_BtHD, cache, hops: Hops, ctx, cfg, opts: Options) -> tup
   z = move(own, per_head(taken(cache.v_BSKD)))
 
   def power(carry, xs):
-    z, weight, total = carry
+    z, weight, total, mass = carry
     past, n = xs
     past = write_rows(past, z, ctx.positions_BT, ctx.valid_BT)
     z, weight = move(z, taken(past)), weight * m / n
-    return (z, weight, total + weight * z), past
+    return (z, weight, total + weight * z, mass + weight), past
 
   n = jnp.arange(2, opts.n_terms + 1, dtype=jnp.float32)
-  (_, _, total), z_NBSHD = jax.lax.scan(power, (z, m, own + m * z), (hops.z_NBSHD, n))
-  return (total / _horner_sum(m, opts.n_terms)).astype(q_BtHD.dtype), Hops(z_NBSHD)
+  (_, _, total, mass), z_NBSHD = jax.lax.scan(power, (z, m, own + m * z, 1 + m), (hops.z_NBSHD, n))
+  return (total / mass).astype(q_BtHD.dtype), Hops(z_NBSHD)
