@@ -3,7 +3,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +226,8 @@ class TestCollection:
 
   def test_claims_of_the_mechanism_join_once(self, monkeypatch):
     options = dataclasses.make_dataclass("Options", [("impl", str, "auto")])
-    record = types.SimpleNamespace(options=options, claims=(*CLAIMS, planted("braid.more")), refs=("Her 2021",))
+    changed = {"options": options, "claims": (*CLAIMS, planted("braid.more")), "refs": ("Her 2021",)}
+    record = dataclasses.replace(demo_lib.REGISTRY["braid"], **changed)
     monkeypatch.setitem(demo_lib.REGISTRY, "braid", record)
     demo = demo_lib.get("braid")
     names = [c.name for c in demo.claims]
