@@ -225,7 +225,7 @@ class TestCollection:
     assert "impl" in out
 
   def test_claims_of_the_mechanism_join_once(self, monkeypatch):
-    options = dataclasses.make_dataclass("Options", [("impl", str, "auto")])
+    options = dataclasses.make_dataclass("Options", [], bases=(demo_lib.REGISTRY["braid"].options,), frozen=True)
     changed = {"options": options, "claims": (*CLAIMS, planted("braid.more")), "refs": ("Her 2021",)}
     record = dataclasses.replace(demo_lib.REGISTRY["braid"], **changed)
     monkeypatch.setitem(demo_lib.REGISTRY, "braid", record)
