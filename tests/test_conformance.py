@@ -135,8 +135,8 @@ def temp_bytes(cfg, batch):
 
 # Temporary float32 values per B·T·C of the gradient of one layer, at T=1024 and head size 16 (a dense T×T score matrix
 # of 4 heads alone is 64 of them, and a dense layer needs several). A tile of scores, 64·T of 1024·T per head, is 4 of
-# these. Octonions sum features 29/8 as wide as their values.
-MEMORY_MULTIPLE = {"octonion": 75}
+# these. Octonions sum features 29/8 as wide as their values; gauge keeps frames, logarithms and torques of every token.
+MEMORY_MULTIPLE = {"octonion": 75, "gauge": 65}
 
 
 @pytest.mark.parametrize("attention", attention_names())
