@@ -136,5 +136,6 @@ MECHANISM = dataclasses.replace(
     "reversible(streams=half, state=float32, mix=cayley, tied=true)",
     "reversible(mode=symplectic, integrator=leapfrog, h=0.5, lambda_min=0.1)",
     "reversible(braid, backward=remat)",
+    "reversible(mode=symplectic)",
   ),
 )
