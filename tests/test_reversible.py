@@ -15,7 +15,7 @@ from mgr_jax.claims import largest_difference, relative_difference, run_claims
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt, reversible, stack
 from mgr_jax.model.reconstruction import missed
-from mgr_jax.model.reversible_claims import CLAIMS, memory_slope
+from mgr_jax.model.reversible_claims import CLAIMS, memory_slope, temporary_bytes
 from mgr_jax.problems import UserError
 
 WRAPPED = [name for name in attention_names() if not REGISTRY[name].wrapper]
@@ -64,7 +64,7 @@ def test_float_streams_are_recovered_to_rounding_and_with_bfloat16_inside_not_ev
   cfg = config("reversible(state=float32)", n_layer=32)
   params, tokens = conformance.noisy_params(key, cfg), batch_of(cfg, key)["tokens"]
   words, deviation = missed(params, tokens, cfg)
-  assert words > 0 and deviation < 1e-4
+  assert words > 0 and deviation < 5e-5
   turned = config("reversible(state=float32, mix=givens)", n_layer=32, compute_dtype="bfloat16")
   assert missed(conformance.noisy_params(key, turned), tokens, turned).deviation > 1e-2
 
@@ -120,8 +120,8 @@ def test_ten_thousand_round_trips_are_bit_exact(name, key):
   ("attention", "tolerance"),
   [
     ("state=float32", 5e-6),
-    ("frac_bits=20", 1e-4),
-    ("standard", 1e-3),
+    ("frac_bits=20", 1e-5),
+    ("standard", 1e-4),
     ("tropical(beta=8), state=float32, mix=givens", 1e-4),
     ("streams=half, state=float32, mix=cayley, tied=true", 1e-5),
     ("mode=symplectic, integrator=leapfrog, state=float32, h=0.5", 1e-5),
@@ -159,6 +159,12 @@ def test_hessian_vector_products_see_through_the_reconstruction(state, key):
 def test_claims_hold_and_their_controls_fail(key):
   for result in run_claims(CLAIMS, key):
     assert result.holds, result.message or result
+
+
+def test_memory_of_64_layers_is_that_of_8():
+  cfg = config("reversible", seq_len=64, n_head=4, n_kv_head=4, n_embd=64)
+  shallow, deep = (temporary_bytes(dataclasses.replace(cfg, n_layer=n)) for n in (8, 64))
+  assert deep <= 1.01 * shallow
 
 
 def test_what_else_grows_with_depth():
