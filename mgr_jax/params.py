@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROLES = ("matrix", "embedding", "head", "scalar", "direction", "log_scale", "gate")
+ROLES = ("matrix", "router", "embedding", "head", "scalar", "direction", "log_scale", "gate")
 # Roles that stay in float32 when matrices are cast to the compute dtype: small, and exponentiated or compared.
 FLOAT32_ROLES = ("scalar", "log_scale", "gate")
 
@@ -24,15 +24,17 @@ class ParamSpec:
   Args:
     shape: the array's shape; dimension `i` has the logical name `axes[i]`.
     axes: logical axis names (`"embed"`, `"heads"`, `"head_dim"`, `"vocab"`, `"mlp"`, `"layers"`, ...), for sharding.
-    role: optimizer group: `matrix` (hidden weights, decayed), `embedding`, `head`, `scalar` (gains, biases, tables;
-      never decayed), or a part of a factored weight: `direction` (a matrix of which only the direction matters),
-      `log_scale` and `gate` (its size, as a logarithm or with a sign; never decayed).
+    role: optimizer group: `matrix` (hidden weights, decayed), `router` (weights of the logits of gates and routes:
+      decayed, never orthogonalised), `embedding`, `head`, `scalar` (gains, biases, tables; never decayed), or a part
+      of a factored weight: `direction` (a matrix of which only the direction matters), `log_scale` and `gate` (its
+      size, as a logarithm or with a sign; never decayed).
     init: `"normal"` draws N(0, std²); `"zeros"`; `"constant"` fills with `std`; or a function `(key, shape) -> f32`.
     std: see `init`. `None` with `"normal"` means fan-in scaling, std = min(1, sqrt(out/in)) / sqrt(in).
     fan_in: number of leading dimensions (after any stacking) that are contracted with the input.
     unit_axes: of a direction: the names of the axes over which it has the norm `radius`.
     renorm: of a direction: optimizers restore that norm after every step.
     drawn_with: name of a sibling whose key this array is drawn with too, so that both see the same random numbers.
+    frozen: no optimizer changes it.
   """
 
   shape: tuple[int, ...]
@@ -44,6 +46,7 @@ class ParamSpec:
   unit_axes: tuple[str, ...] = ()
   renorm: bool = False
   drawn_with: str = ""
+  frozen: bool = False
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):

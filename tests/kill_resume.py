@@ -1,10 +1,11 @@
 """Kills a training run with SIGKILL again and again, and compares what is left with a run nobody disturbed.
 
   python -m tests.kill_resume --kills=20
-  python -m tests.kill_resume --kills=2 --attention=tropical
+  python -m tests.kill_resume --kills=2 --attention=tropical --optimizer=muon
 
-Every other kill waits for a checkpoint that is being written, the others for a moment without one. Afterwards the
-losses of both runs must be equal bit for bit, and each step must stand in `metrics.jsonl` exactly once.
+Flags it does not know go to both training runs. Every other kill waits for a checkpoint that is being written, the
+others for a moment without one. Afterwards the losses of both runs must be equal bit for bit, and each step must stand
+in `metrics.jsonl` exactly once.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from mgr_jax.data import parquet
@@ -35,10 +37,9 @@ def write_corpus(directory: Path) -> None:
   parquet.write_shard(directory / "shard_00001.parquet", texts[180:], 8)
 
 
-def command(directory: Path, run_id: str, steps: int, attention: str) -> list[str]:
+def command(directory: Path, run_id: str, steps: int, flags: Sequence[str]) -> list[str]:
   """The training command of a tiny model that validates and saves every few steps."""
   model = [
-    f"--attention={attention}",
     "--n_layer=1",
     "--n_head=2",
     "--n_embd=16",
@@ -48,7 +49,7 @@ def command(directory: Path, run_id: str, steps: int, attention: str) -> list[st
   ]
   often = ["--log_every=1", "--val_every=5", "--val_tokens=256", "--ckpt_every=4", "--sample_every=-1", "--certify=off"]
   where = [f"--data={directory / 'corpus'}", f"--workdir={directory}", f"--run_id={run_id}", f"--max_steps={steps}"]
-  return [sys.executable, "-m", "train.main", *model, *often, *where, "--progress=none"]
+  return [sys.executable, "-m", "train.main", *model, *often, *where, "--progress=none", *flags]
 
 
 def start(arguments: list[str], directory: Path) -> subprocess.Popen:
@@ -105,13 +106,13 @@ def differences(whole: list[dict], killed: list[dict]) -> list[str]:
   return found
 
 
-def experiment(directory: Path, kills: int, seed: int, attention: str = "standard", say=print) -> list[str]:
+def experiment(directory: Path, kills: int, seed: int, flags: Sequence[str] = (), say=print) -> list[str]:
   """Runs everything in `directory`; returns the differences. Raises `RuntimeError` when a run fails by itself."""
   rng = random.Random(seed)
   steps = (kills + 1) * 2 * STEPS_PER_KILL
   write_corpus(directory / "corpus")
-  undisturbed = start(command(directory, "whole", steps, attention), directory)
-  arguments, run = command(directory, "killed", steps, attention), directory / "killed"
+  undisturbed = start(command(directory, "whole", steps, flags), directory)
+  arguments, run = command(directory, "killed", steps, flags), directory / "killed"
   for n in range(kills):
     killed_at = kill_once(arguments, directory, run, rng, while_saving=n % 2 == 1)
     if not killed_at:
@@ -132,11 +133,10 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--attention", default="standard")
-  options = parser.parse_args()
+  options, flags = parser.parse_known_args()
   with tempfile.TemporaryDirectory() as directory:
-    found = experiment(Path(directory), options.kills, options.seed, options.attention)
-  print("\n".join(found) or f"{options.attention}: {options.kills} kills, losses bitwise equal, each step once")
+    found = experiment(Path(directory), options.kills, options.seed, flags)
+  print("\n".join(found) or f"{' '.join(flags)} {options.kills} kills, losses bitwise equal, each step once")
   return int(bool(found))
 
 

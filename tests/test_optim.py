@@ -148,7 +148,7 @@ def test_default_rates_by_role():
     dict.fromkeys(ROLES, 3e-3) | {"embedding": 0.2 * 48**0.5, "head": 0.004 * 48**0.5}, rel=1e-12
   )
   slow = role_rates(CFG, **(rates | {"matrix_lr": 1.0}))
-  assert {role for role, rate in slow.items() if rate == 1.0} == {"matrix", "direction"}
+  assert {role for role, rate in slow.items() if rate == 1.0} == {"matrix", "router", "direction"}
   assert (defaults["weight_decay"], defaults["adam_b1"], defaults["adam_b2"], defaults["adam_eps"]) == (
     0.1,
     0.9,

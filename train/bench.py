@@ -1,6 +1,7 @@
 """Benchmarks. `python -m train.bench speed` times every mechanism against softmax attention, interleaved in one run.
 
-`python -m train.bench dominance` measures which of depth, width and data to double next (`train/dominance/program.py`).
+`python -m train.bench dominance` measures which of depth, width and data to double next (`train/dominance/program.py`);
+`optimizers`, `step`, `stiff` and `regime` compare optimizers and schedules (`train/races/program.py`).
 
 Forward, forward+backward, decode and compile time, and compiled temporary memory, of the whole model. Ratios are
 medians over rounds in which every candidate runs once, so drift of the machine cancels. Nothing is asserted about time.
@@ -27,6 +28,7 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from train import cli, plain
+from train.races import program as races
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string(
@@ -171,10 +173,11 @@ def configurations(seq_len: int) -> dict[str, GPTConfig]:
 
 
 def main(argv: list[str]) -> int:
-  """The benchmark `speed`; `dominance` has flags of its own, see `program`."""
+  """The benchmark `speed`; the others have flags of their own, see `program`."""
   if argv[1:] != ["speed"]:
     what = f"unknown benchmark {argv[1]!r}" if len(argv) > 1 else "no benchmark named"
-    raise UserError(Problem(what, "python -m train.bench speed, or python -m train.bench dominance"))
+    others = ", ".join(["dominance", *races.RACES])
+    raise UserError(Problem(what, f"python -m train.bench speed, or instead of speed one of {others}"))
   if FLAGS.batch_size < 1:
     raise UserError(Problem(f"--batch_size={FLAGS.batch_size} is not positive", "use --batch_size=8"))
   if FLAGS.json and not os.path.isdir(os.path.dirname(os.path.abspath(FLAGS.json))):
@@ -195,11 +198,14 @@ def main(argv: list[str]) -> int:
 
 def program(argv: list[str]) -> tuple[Callable[[list[str]], int], flags.FlagValues]:
   """The main function and the flags of the benchmark that a command line names."""
-  if "dominance" not in argv[1:]:
-    return main, FLAGS
-  from train.dominance import program as dominance
+  for name in argv[1:]:
+    if name in races.RACES:
+      return races.program(name)
+    if name == "dominance":
+      from train.dominance import program as dominance
 
-  return dominance.main, dominance.FLAGS
+      return dominance.main, dominance.FLAGS
+  return main, FLAGS
 
 
 if __name__ == "__main__":

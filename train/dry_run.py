@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from mgr_jax.model import gpt
 from train.console import compact, duration, table
-from train.plan import Plan, make_optimizer, make_schedule
-from train.step import init_train_state, make_train_step
+from train.plan import Plan, make_optimizer, make_schedule, make_step
+from train.step import init_train_state
 
 CPU_FLOPS_LIMIT = 1e12  # FLOPs of a step above which a CPU would not finish the timed ones within a minute or so
 TIMED_STEPS = 3
@@ -25,7 +25,7 @@ def report(plan: Plan) -> str:
   settings = plan.settings
   step, state = _abstract_step(plan, settings.grad_accum)
   state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if not _is_key(leaf))
-  flops = plan.flops_per_token * plan.tokens_per_step
+  flops = plan.flops_per_token * plan.tokens_per_step + plan.optimizer_flops
   limit, limit_name = memory_limit()
   roles = plan.parameters
   lines = [
@@ -94,7 +94,7 @@ def _abstract_step(plan: Plan, grad_accum: int):
   settings = plan.settings
   optimizer = make_optimizer(settings, gpt.specs(plan.cfg), plan.cfg)
   schedule = make_schedule(settings, plan.steps)
-  step = make_train_step(plan.cfg, optimizer, schedule, grad_accum=grad_accum, grad_clip=settings.grad_clip)
+  step = make_step(settings, plan.cfg, optimizer, schedule, plan.steps, grad_accum)
   return step, jax.eval_shape(lambda: init_train_state(plan.cfg, optimizer, schedule, settings.seed))
 
 

@@ -51,9 +51,11 @@ class Settings:
   ca_rule: str = _flag("none", "Elementary cellular automaton, 0 to 255, that initial matrices are made of; or none.")
   ca_alpha: float = _flag(1.0, "Share of their variance that comes from its cells, 0 to 1; the rest is normal.")
 
-  optimizer: str = _flag("adamw", "Optimizer.")
+  optimizer: str = _flag("adamw", "Optimizer: adamw, muon, hoss, hoss_hidden or sgd.")
   lr_scale: float = _flag(1.0, "Multiplies the learning rate of every group.", part="optimizer")
-  matrix_lr: float = _flag(0.0, "Learning rate of hidden matrices; 0 = the optimizer's own.", part="optimizer")
+  matrix_lr: float = _flag(
+    0.0, "Learning rate of hidden matrices, for HOSS its macro time; 0 = the optimizer's own.", part="optimizer"
+  )
   embed_lr: float = _flag(0.2, "Learning rate of the embedding, times (n_embd/768)^-1/2.", part="optimizer")
   head_lr: float = _flag(0.004, "Learning rate of the head, times (n_embd/768)^-1/2.", part="optimizer")
   scalar_lr: float = _flag(3e-3, "Learning rate of gains, biases and tables.", part="optimizer")
@@ -61,12 +63,42 @@ class Settings:
   adam_b1: float = _flag(0.9, "Decay of Adam's first moment.", part="optimizer")
   adam_b2: float = _flag(0.95, "Decay of Adam's second moment.", part="optimizer")
   adam_eps: float = _flag(1e-8, "Adam's epsilon.", part="optimizer")
-  grad_clip: float = _flag(1.0, "Largest global gradient norm; 0 = no clipping.")
+  momentum: float = _flag(0.95, "Decay of the momentum of Muon and SGD.", part="optimizer")
+  muon_ns: str = _flag("polar_express", "Coefficients of Newton-Schulz.", ("polar_express", "ns5"), part="optimizer")
+  muon_ns_steps: int = _flag(5, "Newton-Schulz iterations.", part="optimizer")
+  muon_scale: str = _flag(
+    "jordan", "Size of a Muon update by shape.", ("jordan", "spectral", "rms", "none"), part="optimizer"
+  )
+  hoss_rank: int = _flag(8, "Dimension of the Krylov space of HOSS.", part="optimizer")
+  hoss_curvature: str = _flag("ggn", "Gauss-Newton matrix or Hessian.", ("ggn", "hessian"), part="optimizer")
+  hoss_hvp_frac: float = _flag(0.25, "Share of the batch that curvature is taken of.", part="optimizer")
+  hoss_metric: str = _flag(
+    "none", "Metric of HOSS; adam = Adam's diagonal.", ("none", "adam"), part="optimizer"
+  )
+  hoss_neg: str = _flag("abs", "What HOSS makes of negative curvature.", ("abs", "flat", "flow"), part="optimizer")
+  hoss_noise: str = _flag(
+    "none", "Noise of the macro step.", ("none", "krylov", "krylov+tail", "full"), part="optimizer"
+  )
+  hoss_temperature: float = _flag(0.0, "Temperature of that noise.", part="optimizer")
+  hoss_trust_radius: float = _flag(0.0, "Largest norm of a HOSS step; 0 = no limit.", part="optimizer")
+  grad_clip: float = _flag(1.0, "Largest global gradient norm; 0 = no clipping. HOSS does not clip.")
 
-  schedule: str = _flag("wsd", "Learning-rate schedule: constant, cosine or wsd.")
+  schedule: str = _flag("wsd", "Learning-rate schedule: constant, cosine, wsd or ordinal.")
   lr_warmup_steps: int = _flag(-1, "Steps of linear warm-up; -1 = 2% of the run, at most 100.", part="schedule")
   warmdown_frac: float = _flag(0.2, "Share of the run in which wsd decays.", part="schedule")
+  warmdown_shape: str = _flag("linear", "Shape of that decay.", ("linear", "sqrt", "cosine"), part="schedule")
   final_lr_frac: float = _flag(0.0, "Multiplier at the end of cosine and wsd.", part="schedule")
+  ord_restarts: int = _flag(2, "Restarts of the ordinal schedule.", part="schedule")
+  ord_levels: int = _flag(3, "Times it lowers the learning rate before a restart.", part="schedule")
+  ord_patience: int = _flag(100, "Steps without improvement that its first level allows.", part="schedule")
+  ord_refill: str = _flag(
+    "geometric",
+    "Patience of later levels: doubled, or from the measured noise.",
+    ("geometric", "adaptive"),
+    part="schedule",
+  )
+  ord_gamma: float = _flag(0.5, "Factor by which it lowers the learning rate.", part="schedule")
+  ord_ema: float = _flag(0.9, "Decay of the average of the loss that it watches.", part="schedule")
 
   batch_size: int = _flag(8, "Sequences per update.")
   grad_accum: int = _flag(1, "Micro-batches per update.")
@@ -101,6 +133,7 @@ class Settings:
   resume_strict: bool = _flag(True, "Refuse to resume with other settings, data or tokenizer.")
 
   log_every: int = _flag(10, "Steps between log lines.")
+  optimizer_stats: bool = _flag(False, "Log norms and angles of gradient and update by role.")
   probe_every: int = _flag(0, "Steps between diagnostics of the mechanisms, written to metrics.jsonl; 0 = never.")
   progress: str = _flag("auto", "auto = bar on a terminal, else plain.", ("auto", "bar", "plain", "none"))
   tensorboard: bool = _flag(False, "Also write TensorBoard events into tb/ (needs the tensorboard extra).")
@@ -239,6 +272,7 @@ def _useless(s: Settings) -> list[Problem]:
     ("mlp_beta", not s.mlp.startswith("tropical"), f"--mlp={s.mlp} has no temperature", "use --mlp=tropical"),
     ("ca_alpha", s.ca_rule == "none", "--ca_rule=none has no cells", "use --ca_rule=30"),
     ("ca_rule", s.ca_alpha == 0, "--ca_alpha=0 leaves no share to its cells", "use --ca_alpha=0.5"),
+    ("grad_clip", s.optimizer.startswith("hoss"), "HOSS follows a flow for a time", "use --hoss_trust_radius=1"),
     ("text_column", s.data in NAMED_DATA, f"--data={s.data} has its own column", "use --data=DIRECTORY"),
     ("val_from_train", s.data in NAMED_DATA, f"--data={s.data} has a validation split", "use --data=DIRECTORY"),
   )

@@ -89,6 +89,8 @@ class Journal:
       "grad_norm": metrics["grad_norm"],
       "aux_loss": metrics["aux_loss"],
       **metrics["annealed"],
+      **metrics["schedule"],
+      **metrics.get("optimizer", {}),
       "tokens": step * self._plan.tokens_per_step,
       **self.meter.lap(step - self._logged),
     }
@@ -116,7 +118,7 @@ class Journal:
       "val_bpb": score.bits_per_byte,
       "nats_per_token": score.nats_per_token,
       "tokens": tokens,
-      "flops": tokens * self._plan.flops_per_token,
+      "flops": step * self.summary["budget"]["flops_per_step"],
       "seconds": seconds,
     }
     self._try(self._log.write, record)
@@ -152,6 +154,8 @@ class Journal:
   def say_goodbye(self, step: int) -> None:
     """The final table, a sample, where everything is, and what to do next."""
     self.say(f"\n{summaries.final_table(self.summary)}")
+    for warning in summaries.schedule_warnings(self.summary):
+      self.say(f"warning: {warning.error}\n    fix: {warning.fix}")
     for record in self.events("sample", step)[:1]:
       self.say(f"\nsample: {record['prompt']}{record['text']}")
     self.say(f"\nartifacts in {self._directory.path}")

@@ -14,7 +14,7 @@ from mgr_jax.data.stream import TrainIterator, train_iterator, validation_batche
 from mgr_jax.model import annealing, gpt
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem
-from mgr_jax.schedules import NO_EVENT
+from mgr_jax.schedules import EVENT_NAMES, NO_EVENT
 from train import dry_run, nonfinite, validate
 from train.artifacts import RunDirectory, new_run_id
 from train.certify import certify
@@ -22,12 +22,12 @@ from train.checkpoint import Checkpoints
 from train.flags import Settings, command
 from train.journal import Journal
 from train.nonfinite import NonFinite
-from train.plan import Plan, initial_specs, make_optimizer, make_plan, make_schedule
+from train.plan import Plan, initial_specs, make_optimizer, make_plan, make_schedule, make_step
 from train.probe import probe
 from train.resume import Start, describe, find_start
 from train.samples import draw_samples
 from train.signals import StopSignals
-from train.step import init_train_state, make_train_step
+from train.step import init_train_state
 from train.summary import config_hash
 
 MAX_PENDING = 100  # steps whose batches and metrics wait for the next log line
@@ -107,15 +107,7 @@ class _Trainer:
       )
     optimizer = make_optimizer(settings, gpt.specs(cfg), cfg)
     schedule = make_schedule(settings, plan.steps)
-    self.step_of = lambda cfg: make_train_step(
-      cfg,
-      optimizer,
-      schedule,
-      total_steps=plan.steps,
-      grad_accum=settings.grad_accum,
-      grad_clip=settings.grad_clip,
-      on_nonfinite=settings.on_nonfinite,
-    )
+    self.step_of = lambda cfg: make_step(settings, cfg, optimizer, schedule, plan.steps)
     self.snap_step = annealing.snap_step(cfg, plan.steps)
     specs = initial_specs(settings, cfg)
     self._set_state(jax.jit(lambda: init_train_state(cfg, optimizer, schedule, settings.seed, specs)))
@@ -281,7 +273,7 @@ class _Trainer:
       if "loss" in metrics:
         self.journal.log_step(step, metrics, int(self.plan.tokenizer.token_bytes[batch["targets"]].sum()))
       if metrics["event"] != NO_EVENT:
-        self.journal.event("schedule", step, code=metrics["event"])
+        self.journal.event("schedule", step, what=EVENT_NAMES[metrics["event"]])
       self.streak = self.streak + 1 if metrics["nonfinite"] else 0
       if self.streak >= self.limit:
         self.journal.event("nonfinite", step)

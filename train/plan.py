@@ -20,7 +20,7 @@ from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from train.flags import Settings, arguments_of, setting_problems
 from train.samples import prompt_problems
-from train.step import init_key
+from train.step import init_key, make_train_step, optimizer_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,13 @@ class Plan:
     return gpt.cost(self.cfg).flops * (4 if self.cfg.remat == "full" else 3)
 
   @property
+  def optimizer_flops(self) -> float:
+    """FLOPs of one update beside its gradient."""
+    s = self.settings
+    known = optim.optimizer_settings(s.optimizer)
+    return optimizer_flops(s.optimizer, self.cfg, s.batch_size, **arguments_of(s, "optimizer", known))
+
+  @property
   def parameters(self) -> dict[str, int]:
     """Number of parameters by role."""
     counts: dict[str, int] = {}
@@ -62,6 +69,23 @@ def make_schedule(settings: Settings, steps: int) -> schedules.Schedule:
   """The schedule of the settings over `steps` updates. Raises `UserError`."""
   known = schedules.schedule_settings(settings.schedule)
   return schedules.make_schedule(settings.schedule, steps, **arguments_of(settings, "schedule", known))
+
+
+def make_step(settings: Settings, cfg: GPTConfig, optimizer, schedule, steps: int, grad_accum: int = 0):
+  """The train step of the settings; `grad_accum` replaces theirs."""
+  known = optim.optimizer_settings(settings.optimizer)
+  products = optim.curvature(settings.optimizer, **arguments_of(settings, "optimizer", known))
+  return make_train_step(
+    cfg,
+    optimizer,
+    schedule,
+    total_steps=steps,
+    grad_accum=grad_accum or settings.grad_accum,
+    grad_clip=0.0 if products else settings.grad_clip,
+    on_nonfinite=settings.on_nonfinite,
+    products=products,
+    stats=settings.optimizer_stats,
+  )
 
 
 def initial_specs(settings: Settings, cfg: GPTConfig):

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mgr_jax.model import annealing, gpt
+from mgr_jax import optim
+from mgr_jax.model import annealing, curvature, gpt
+from mgr_jax.optim import Curvature, reset_moments
+from mgr_jax.optim.diagnostics import diagnostics
 from mgr_jax.params import fold_in_name, init_params
 from mgr_jax.problems import Problem, UserError, raise_if_any
-from mgr_jax.schedules import NO_EVENT, Schedule
+from mgr_jax.schedules import ANNEAL, RESTART, Schedule
 
 
 @struct.dataclass
@@ -77,6 +80,8 @@ def make_train_step(
   grad_accum: int = 1,
   grad_clip: float = 1.0,
   on_nonfinite: str = "raise",
+  products: Curvature | None = None,
+  stats: bool = False,
 ):
   """The jitted `step(state, batch) -> (state, metrics)`; `state` is donated.
 
@@ -90,12 +95,17 @@ def make_train_step(
       After K such steps in a row with `skip:K`, or after the first with `raise`, every further step is dropped as well:
       the caller may look at the metrics as seldom as it likes and still finds the parameters that broke. A restored
       state that has this behind it goes on after `state.replace(nonfinite_streak=0)`.
+    products: which curvature products the optimizer is given, see `optim.curvature`; None for none.
+    stats: also return `diagnostics` of the update.
+
+  The loss goes to the schedule first. If that restarts, the optimizer's moments are cleared; then the optimizer gets
+  the gradient, the loss as `value`, the multiplier as `scale`, and a key of this step.
 
   The batch holds `tokens` and `targets` int32 [B, T], optional `weights` float32 [B, T], and whatever `gpt.loss` reads.
 
   Metrics, device scalars: `loss` (Σ w·nll / Σ w, nats per token), `nll_sum`, `weight`, `aux_loss`, `grad_norm` (of
   the whole gradient, before clipping), `multiplier` and `event` of the schedule, `nonfinite` (the update was dropped),
-  `annealed` (the values that this step used, by key).
+  `annealed` (the values that this step used, by key), `schedule` (its state in numbers), `optimizer` (diagnostics).
 
   Raises:
     UserError: settings out of range.
@@ -119,8 +129,20 @@ def make_train_step(
       factor = jnp.where(metrics["grad_norm"] > grad_clip, grad_clip / metrics["grad_norm"], 1.0)
       grads = jax.tree.map(lambda g: factor * g, grads)
     schedule_state, multiplier, event = schedule.update(state.schedule_state, metrics["loss"])
-    annealed = annealing.update(state.annealed, cfg, state.step, total_steps, readings, event != NO_EVENT)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scale=multiplier)
+    limit_event = (event == ANNEAL) | (event == RESTART)
+    annealed = annealing.update(state.annealed, cfg, state.step, total_steps, readings, limit_event)
+    opt_state = state.opt_state
+    if schedule.resets_moments:
+      opt_state = reset_moments(optimizer, opt_state, state.params, event == RESTART)
+    given = {"scale": multiplier, "value": metrics["loss"], "key": jax.random.fold_in(state.key, state.step)}
+    if products is not None:
+      # The first rows of a shuffled batch are as good as any.
+      rows = curvature_rows(products.fraction, batch["tokens"].shape[0])
+      part = jax.tree.map(lambda x: x[:rows], batch)
+      given["hvp_fn"] = curvature.product(products.kind, state.params, part, cfg, state.annealed)
+    updates, opt_state = optimizer.update(grads, opt_state, state.params, **given)
+    if stats:
+      metrics["optimizer"] = diagnostics(gpt.specs(cfg), grads, updates, state.params)
     params = optax.apply_updates(state.params, updates)
 
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -138,7 +160,8 @@ def make_train_step(
       nonfinite_streak=jnp.where(applied, 0, state.nonfinite_streak + 1),
       annealed=annealed,
     )
-    return state, metrics | {"multiplier": multiplier, "event": event, "nonfinite": ~applied, "annealed": used}
+    metrics |= {"multiplier": multiplier, "event": event, "nonfinite": ~applied, "annealed": used}
+    return state, metrics | {"schedule": schedule.metrics(schedule_state)}
 
   return jax.jit(step, donate_argnums=0)
 
@@ -185,6 +208,24 @@ def split_batch(batch, grad_accum: int):
     fix = f"use --batch_size={-(-rows // grad_accum) * grad_accum}, or a --grad_accum that divides it"
     raise UserError(Problem(f"--batch_size={rows} is not divisible by --grad_accum={grad_accum}", fix))
   return jax.tree.map(lambda x: x.reshape(rows // grad_accum, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def curvature_rows(fraction: float, rows: int) -> int:
+  """How many rows of a batch curvature is taken of: `fraction` of them, at least one."""
+  return max(1, round(fraction * rows))
+
+
+def gradient_flops(cfg, batch_size: int) -> float:
+  """FLOPs of one gradient: forward once, backward twice, and forward once more when layers are recomputed."""
+  return gpt.cost(cfg).flops * cfg.seq_len * batch_size * (4 if cfg.remat == "full" else 3)
+
+
+def optimizer_flops(name: str, cfg, batch_size: int, **settings) -> float:
+  """FLOPs of one update beside the gradient: matrix products of the optimizer, see `optim.flops`."""
+  products = optim.curvature(name, **settings)
+  if products:
+    settings["hoss_hvp_frac"] = curvature_rows(products.fraction, batch_size) / batch_size
+  return optim.flops(name, gpt.specs(cfg), gradient_flops(cfg, batch_size), **settings)
 
 
 def _n_targets(batch) -> jax.Array:

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mgr_jax.problems import Problem
+from mgr_jax.schedules import EVENT_NAMES, EXHAUSTED
+from mgr_jax.schedules.ordinal_machine import OrdinalConfig, suggested_patience
 from train import artifacts
 from train.artifacts import RunDirectory
 from train.console import compact, table
@@ -78,7 +81,8 @@ def new_summary(plan: Plan, directory: RunDirectory, start: Start) -> Summary:
       "planned_steps": plan.steps,
       "tokens_per_step": plan.tokens_per_step,
       "flops_per_token": {"analytic": plan.flops_per_token},
-      "flops_per_step": plan.flops_per_token * plan.tokens_per_step,
+      "optimizer_flops_per_step": plan.optimizer_flops,
+      "flops_per_step": plan.flops_per_token * plan.tokens_per_step + plan.optimizer_flops,
     },
     "results": {
       "loss_first": None,
@@ -94,6 +98,7 @@ def new_summary(plan: Plan, directory: RunDirectory, start: Start) -> Summary:
       "data_wait_frac": None,
       "peak_bytes": None,
       "skipped_steps": 0,
+      "schedule_events": [],
       "aux": {},
     },
     "claims": earlier["claims"] if earlier else [],
@@ -118,6 +123,7 @@ def from_records(records: Sequence[Record]) -> dict[str, Any]:
     "val": val,
     "best": min(val, key=lambda v: float(v["val_bpb"]), default=None),
     "skipped_steps": sum(r.get("event") == "skip" for r in records),
+    "schedule_events": [{"step": r["step"], "what": r["what"]} for r in records if r.get("event") == "schedule"],
     "aux": next((r["diagnostics"] for r in reversed(records) if r.get("event") == "probe"), {}),
   }
 
@@ -147,6 +153,7 @@ def header(plan: Plan, summary: Summary, directory: RunDirectory) -> str:
       f"{plan.steps} steps of {plan.tokens_per_step} tokens,"
       f" {compact(budget['flops_per_token']['analytic'])} FLOPs/token, {compact(budget['flops_per_step'])} FLOPs/step",
     ),
+    ("optimizer", f"{plan.settings.optimizer}, schedule {plan.settings.schedule}"),
     ("data", f"{data['directory']}, sha256 {data['sha256'][:12]}"),
     ("tokenizer", f"{plan.tokenizer.kind}, {plan.tokenizer.vocab_size} ids, sha256 {plan.tokenizer.sha256[:12]}"),
   )
@@ -170,6 +177,22 @@ def final_table(summary: Summary) -> str:
   if results["skipped_steps"]:
     rows.append(("skipped updates", str(results["skipped_steps"])))
   return table(("result", summary["status"]), rows)
+
+
+def schedule_warnings(summary: Summary) -> list[Problem]:
+  """What a finished run says of the patience of its ordinal schedule: it did nothing, or was over half way through."""
+  settings, steps = summary["config"]["flags"], summary["budget"]["planned_steps"]
+  if settings["schedule"] != "ordinal" or summary["status"] != "finished":
+    return []
+  events = summary["results"]["schedule_events"]
+  cfg = OrdinalConfig(A0=settings["ord_restarts"], B0=settings["ord_levels"])
+  fix = f"--ord_patience={suggested_patience(steps, cfg)} makes it last for {steps} steps without improvement"
+  exhausted = [e["step"] for e in events if e["what"] == EVENT_NAMES[EXHAUSTED]]
+  if not events:
+    return [Problem(f"the ordinal schedule changed nothing: --ord_patience={settings['ord_patience']}", fix)]
+  if exhausted and exhausted[0] < steps / 2:
+    return [Problem(f"the ordinal schedule was exhausted at step {exhausted[0]} of {steps}", fix)]
+  return []
 
 
 def next_commands(summary: Summary) -> list[tuple[str, str]]:
@@ -244,6 +267,9 @@ def run_report(summary: Summary, log_records: Sequence[Record]) -> str:
   if results["val"]:
     rows = [(v["step"], v["tokens"], _number(v["val_bpb"]), _number(v["nats_per_token"])) for v in results["val"]]
     lines += ["", *_markdown(("step", "tokens", "bits per byte", "nats per token"), rows)]
+  if results["schedule_events"]:
+    shown = [(e["step"], e["what"]) for e in results["schedule_events"]]
+    lines += ["", *_markdown(("step", "event of the schedule"), shown)]
   lines += ["", "## Claims", ""]
   if summary["claims"]:
     rows = [

@@ -22,12 +22,12 @@ INITIAL_T_LOGIT = 4.59512  # sigmoid gives t = 0.99.
 def specs(cfg, opts: Options) -> dict[str, ParamSpec]:
   """Letter, write and read projections [C, H, n], write gate [C, H], raw t [H], initial strands [H, n, D]."""
   C, H, D, n = cfg.n_embd, cfg.n_head, cfg.head_dim, opts.strands
-  to_strands = ParamSpec((C, H, n), ("embed", "heads", None))
+  to_strands = ParamSpec((C, H, n), ("embed", "heads", None), role="router")
   found = {
     "w_letter": to_strands,
     "w_write": to_strands,
     "w_read": to_strands,
-    "w_gate": ParamSpec((C, H), ("embed", "heads")),
+    "w_gate": ParamSpec((C, H), ("embed", "heads"), role="router"),
     # Distinct strands at the start, so that permuting them can be seen.
     "strands": ParamSpec((H, n, D), ("heads", None, "head_dim"), role="scalar", std=1.0),
   }

@@ -41,7 +41,7 @@ def extra_specs(cfg, opts: Options) -> dict[str, ParamSpec]:
     start = inverse_softplus(1.0 - MIN_BETA)
     specs["beta_raw"] = ParamSpec((H,), ("heads",), role="scalar", init="constant", std=start)
   if opts.rule == "overwrite" and opts.address == "soft":
-    specs["w_gate"] = ParamSpec((C, K), ("embed", "kv_heads"))
+    specs["w_gate"] = ParamSpec((C, K), ("embed", "kv_heads"), role="router")
     specs["b_gate"] = ParamSpec((K,), ("kv_heads",), role="scalar", init="constant", std=INITIAL_GATE)
   return specs
 

@@ -57,7 +57,7 @@ def param_specs(cfg, opts: Options) -> dict[str, ParamSpec]:
   if opts.decay == "learned":
     specs["log_decay"] = per_head(lambda key, shape: -jnp.log(2.0) * jnp.linspace(1.0, 8.0, K))
   if opts.decay == "alibi":
-    specs["slopes"] = per_head(lambda key, shape: jnp.asarray(slopes(K), jnp.float32))
+    specs["slopes"] = per_head(lambda key, shape: jnp.asarray(slopes(K), jnp.float32), frozen=True)
   return specs
 
 

@@ -51,8 +51,9 @@ def specs(cfg, opts: Options) -> dict[str, ParamSpec]:
     shape, axes = (heads, D, opts.K, opts.p), (axis, "head_dim", None, None)
     return ParamSpec(shape, axes, role="scalar", std=DIGIT_STD / math.sqrt(D))
 
-  def constant(values, axes):
-    return ParamSpec(np.shape(values), axes, role="scalar", init=lambda key, shape: jnp.asarray(values, jnp.float32))
+  def constant(values, axes, frozen=False):
+    draw = lambda key, shape: jnp.asarray(values, jnp.float32)
+    return ParamSpec(np.shape(values), axes, role="scalar", init=draw, frozen=frozen)
 
   found = {"dk": table(G, "kv_heads")}
   if not opts.tie_digits:
@@ -64,7 +65,7 @@ def specs(cfg, opts: Options) -> dict[str, ParamSpec]:
     found["rho"] = constant(_inverse_softplus(alpha - 1), ("heads",))
   if opts.decay == "alibi":
     odd = np.arange(G) % 2
-    found["decay_rate"] = constant(odd * slopes(G), ("kv_heads",))
+    found["decay_rate"] = constant(odd * slopes(G), ("kv_heads",), frozen=True)
   elif opts.decay == "learned":
     found["decay_rate"] = constant(_inverse_softplus(slopes(G)), ("kv_heads",))
   return found

@@ -1,17 +1,33 @@
 """The registry of optimizers. A new one is its own file and one line in `OPTIMIZERS`."""
 
 import inspect
+from typing import NamedTuple
 
+import jax
 import optax
 
 from mgr_jax.config import nearest
 from mgr_jax.optim.adamw import adamw
+from mgr_jax.optim.groups import freeze, select
+from mgr_jax.optim.hoss import hoss, hoss_cost, hoss_hidden
+from mgr_jax.optim.muon import MUON, muon, muon_labels
+from mgr_jax.optim.muon_layout import newton_schulz_flops
+from mgr_jax.optim.reset import reset_moments
+from mgr_jax.optim.sgd import sgd
+from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 
-OPTIMIZERS = {"adamw": adamw}
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "hoss": hoss, "hoss_hidden": hoss_hidden, "sgd": sgd}
 
 # The values of flags that mean "the optimizer's own default".
 _OWN_DEFAULT = {"matrix_lr": 0, "weight_decay": -1}
+
+
+class Curvature(NamedTuple):
+  """Which products an optimizer asks for as `hvp_fn`: a kind of `model.curvature.CURVATURES`, a share of the batch."""
+
+  kind: str
+  fraction: float
 
 
 def make_optimizer(name: str, specs, cfg, **settings) -> optax.GradientTransformationExtraArgs:
@@ -40,7 +56,30 @@ def make_optimizer(name: str, specs, cfg, **settings) -> optax.GradientTransform
     if key not in defaults
   )
   chosen = {k: v for k, v in settings.items() if k not in _OWN_DEFAULT or v != _OWN_DEFAULT[k]}
-  return OPTIMIZERS[name](specs, cfg, **chosen)
+  frozen = jax.tree.map(lambda spec: spec.frozen, specs, is_leaf=is_spec)
+  return freeze(OPTIMIZERS[name](specs, cfg, **chosen), frozen)
+
+
+def curvature(name: str, **settings) -> Curvature | None:
+  """What `make_optimizer(name, ..., **settings)` needs `hvp_fn` to be, None when it needs none."""
+  chosen = optimizer_settings(name) | settings
+  return Curvature(chosen["hoss_curvature"], chosen["hoss_hvp_frac"]) if "hoss_curvature" in chosen else None
+
+
+def flops(name: str, specs, gradient_flops: float, **settings) -> float:
+  """Matrix products of one step beside the gradient, in FLOPs.
+
+  Args:
+    gradient_flops: FLOPs of the gradient of the whole batch, the unit that curvature products are counted in.
+    settings: as for `make_optimizer`; those that do not matter here may be left out.
+  """
+  chosen = optimizer_settings(name) | settings
+  if name == "muon":
+    return newton_schulz_flops(select(specs, muon_labels(specs), MUON), chosen["muon_ns_steps"])
+  if name in ("hoss", "hoss_hidden"):
+    given = {key: chosen[f"hoss_{key}"] for key in ("rank", "curvature", "hvp_frac", "noise")}
+    return (hoss_cost(0, **given).gradients - 1) * gradient_flops
+  return 0.0
 
 
 def optimizer_settings(name: str) -> dict[str, float]:
@@ -56,4 +95,4 @@ def optimizer_settings(name: str) -> dict[str, float]:
   return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-__all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_settings"]
+__all__ = ["OPTIMIZERS", "Curvature", "curvature", "flops", "make_optimizer", "optimizer_settings", "reset_moments"]

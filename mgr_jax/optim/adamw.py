@@ -3,9 +3,19 @@
 import jax
 import optax
 
-from mgr_jax.optim.groups import group_labels, rate_problems, role_rates, scale_by_group, stay_on_spheres
+from mgr_jax.optim.groups import (
+  adam_problems,
+  decay_problems,
+  group_labels,
+  rate_problems,
+  role_rates,
+  scale_by_group,
+  stay_on_spheres,
+)
 from mgr_jax.params import ROLES
-from mgr_jax.problems import Problem, raise_if_any
+from mgr_jax.problems import raise_if_any
+
+DECAYED = ("matrix", "router")
 
 
 def adamw(
@@ -27,10 +37,10 @@ def adamw(
       m <- b1·m + (1-b1)·g,  v <- b2·v + (1-b2)·g²,
       Δp = -scale · lr[role] · ( (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps) + wd[role]·p ),  t = 1, 2, ...
 
-  Decayed are the leaves of role `matrix`: the weights of attention and MLP. The embedding, the head and scalars (gains,
-  biases, tables) are not. The decay is multiplied by the learning rate and the schedule, as the gradient step is.
-  Directions learn at the rate of matrices, on their spheres (`groups.stay_on_spheres`); their sizes, `log_scale` and
-  `gate`, at that of scalars.
+  Decayed are the leaves of roles `matrix` and `router`: the weights of attention and MLP. The embedding, the head and
+  scalars (gains, biases, tables) are not. The decay is multiplied by the learning rate and the schedule, as the
+  gradient step is. Directions learn at the rate of matrices, on their spheres (`groups.stay_on_spheres`); their sizes,
+  `log_scale` and `gate`, at that of scalars.
 
   Args:
     specs: tree of `ParamSpec` of the model.
@@ -48,20 +58,14 @@ def adamw(
     UserError: with every setting that is out of range.
   """
   rates = {"matrix_lr": matrix_lr, "embed_lr": embed_lr, "head_lr": head_lr, "scalar_lr": scalar_lr}
-  found = rate_problems(lr_scale=lr_scale, **rates)
-  for name, value, default in (("adam_b1", adam_b1, 0.9), ("adam_b2", adam_b2, 0.95)):
-    if not 0 <= value < 1:
-      found.append(Problem(f"--{name}={value} is outside [0, 1)", f"use e.g. --{name}={default}"))
-  if not adam_eps > 0:
-    found.append(Problem(f"--adam_eps={adam_eps} is not positive", "use e.g. --adam_eps=1e-8"))
-  if not weight_decay >= 0:
-    found.append(Problem(f"--weight_decay={weight_decay} is negative", "use 0 for no decay, or e.g. 0.1"))
+  found = rate_problems(lr_scale=lr_scale, **rates) + adam_problems(adam_b1, adam_b2, adam_eps)
+  found += decay_problems(weight_decay)
   raise_if_any(found)
 
   roles = group_labels(specs, {role: (role,) for role in ROLES})
   return optax.chain(
     optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-    optax.add_decayed_weights(weight_decay, mask=jax.tree.map(lambda role: role == "matrix", roles)),
+    optax.add_decayed_weights(weight_decay, mask=jax.tree.map(lambda role: role in DECAYED, roles)),
     scale_by_group(roles, role_rates(cfg, lr_scale=lr_scale, **rates)),
     stay_on_spheres(specs),
   )

@@ -1,7 +1,8 @@
-"""Parameter groups: which leaves an optimizer treats alike, and how fast each group learns."""
+"""Parameter groups: which leaves an optimizer treats alike, how fast each learns, and what none of them may do."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +40,78 @@ def group_labels(specs, groups: Mapping[str, Iterable[str]]):
   return jax.tree.unflatten(treedef, [groups[0] for groups in found])
 
 
+def select(tree, labels, group: str) -> dict[str, Any]:
+  """The leaves of one group, by name."""
+  leaves, treedef = jax.tree.flatten(labels)
+  found = zip(leaf_names(labels), leaves, treedef.flatten_up_to(tree), strict=True)
+  return {name: leaf for name, label, leaf in found if label == group}
+
+
+def by_group(labels, transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+  """Runs one transformation per group, each on a dict of its own leaves, and puts the results together.
+
+  Extra arguments go to all of them. `hvp_fn` is restricted: vectors are zero outside the group, and of the product only
+  the group's part is returned, so that each sees its own diagonal block of the matrix.
+
+  Args:
+    labels: tree of group names with the structure of the parameters, from `group_labels`.
+    transforms: the transformation of every group.
+
+  Raises:
+    ValueError: a group without leaves or without transformation; nothing is said of an empty tree.
+  """
+  groups, names, treedef = jax.tree.leaves(labels), leaf_names(labels), jax.tree.structure(labels)
+  if groups and set(groups) != set(transforms):
+    raise ValueError(
+      f"the groups with parameters are {sorted(set(groups))}, those with an optimizer {sorted(transforms)}"
+    )
+  transforms = {group: optax.with_extra_args_support(t) for group, t in transforms.items()}
+
+  def split(tree) -> dict[str, dict[str, Any]]:
+    return {group: select(tree, labels, group) for group in transforms}
+
+  def merge(parts):
+    return jax.tree.unflatten(treedef, [parts[group][name] for group, name in zip(groups, names, strict=True)])
+
+  def restricted(product: Callable, group: str, params) -> Callable:
+    outside = split(jax.tree.map(jnp.zeros_like, params))
+    return lambda v: split(product(merge(outside | {group: v})))[group]
+
+  def init(params):
+    parts = split(params)
+    return {group: t.init(parts[group]) for group, t in transforms.items()}
+
+  def update(updates, state, params=None, *, hvp_fn=None, **extra_args):
+    grads, new, states = split(updates), {}, {}
+    parts = dict.fromkeys(transforms) if params is None else split(params)
+    for group, t in transforms.items():
+      own = None if hvp_fn is None else restricted(hvp_fn, group, params)
+      new[group], states[group] = t.update(grads[group], state[group], parts[group], hvp_fn=own, **extra_args)
+    return merge(new), states
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def freeze(optimizer: optax.GradientTransformationExtraArgs, frozen) -> optax.GradientTransformationExtraArgs:
+  """`optimizer`, without any update (weight decay and noise included) of the leaves where the tree `frozen` is True."""
+
+  def update(grads, state, params=None, **extra):
+    updates, state = optimizer.update(grads, state, params, **extra)
+    return jax.tree.map(lambda fixed, u: jnp.zeros_like(u) if fixed else u, frozen, updates), state
+
+  return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
 def role_rates(
   cfg, *, lr_scale: float, matrix_lr: float, embed_lr: float, head_lr: float, scalar_lr: float
 ) -> dict[str, float]:
   """The learning rate of each role; those of the embedding and the head are multiplied by sqrt(768 / n_embd).
 
-  Directions learn like matrices, and their sizes (`log_scale`, `gate`) like scalars.
+  Routers and directions learn like matrices, the sizes of directions (`log_scale`, `gate`) like scalars.
   """
   width = math.sqrt(REFERENCE_WIDTH / max(cfg.n_embd, 1))  # a width below 1 is the model's to report
   rates = {"matrix": matrix_lr, "embedding": embed_lr * width, "head": head_lr * width, "scalar": scalar_lr}
-  rates |= {"direction": matrix_lr, "log_scale": scalar_lr, "gate": scalar_lr}
+  rates |= {"router": matrix_lr, "direction": matrix_lr, "log_scale": scalar_lr, "gate": scalar_lr}
   return {role: lr_scale * rate for role, rate in rates.items()}
 
 
@@ -59,6 +122,31 @@ def rate_problems(**rates: float) -> list[Problem]:
     for name, value in rates.items()
     if not 0 < value < math.inf
   ]
+
+
+def adam_problems(adam_b1: float, adam_b2: float, adam_eps: float) -> list[Problem]:
+  """A problem for each setting of Adam's moments that is out of range."""
+  found = []
+  for name, value, default in (("adam_b1", adam_b1, 0.9), ("adam_b2", adam_b2, 0.95)):
+    if not 0 <= value < 1:
+      found.append(Problem(f"--{name}={value} is outside [0, 1)", f"use e.g. --{name}={default}"))
+  if not 0 < adam_eps < math.inf:
+    found.append(Problem(f"--adam_eps={adam_eps} is not a positive number", "use e.g. --adam_eps=1e-8"))
+  return found
+
+
+def momentum_problems(momentum: float) -> list[Problem]:
+  """The problem of a momentum outside [0, 1)."""
+  if 0 <= momentum < 1:
+    return []
+  return [Problem(f"--momentum={momentum} is outside [0, 1)", "use e.g. --momentum=0.95")]
+
+
+def decay_problems(weight_decay: float) -> list[Problem]:
+  """The problem of a weight decay that is negative or not finite."""
+  if 0 <= weight_decay < math.inf:
+    return []
+  return [Problem(f"--weight_decay={weight_decay} is not 0 or a positive number", "use 0 for no decay, or e.g. 0.1")]
 
 
 def scale_by_group(labels, rates: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:

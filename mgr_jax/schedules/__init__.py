@@ -4,9 +4,20 @@ import inspect
 
 from mgr_jax.config import nearest
 from mgr_jax.problems import Problem, UserError, raise_if_any
-from mgr_jax.schedules.base import NO_EVENT, Schedule, constant, cosine, wsd
+from mgr_jax.schedules.base import (
+  ANNEAL,
+  EVENT_NAMES,
+  EXHAUSTED,
+  NO_EVENT,
+  RESTART,
+  Schedule,
+  constant,
+  cosine,
+  wsd,
+)
+from mgr_jax.schedules.ordinal import ordinal
 
-SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd}
+SCHEDULES = {"constant": constant, "cosine": cosine, "wsd": wsd, "ordinal": ordinal}
 
 
 def make_schedule(name: str, total_steps: int, **settings) -> Schedule:
@@ -44,4 +55,14 @@ def schedule_settings(name: str) -> dict[str, float]:
   return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-__all__ = ["NO_EVENT", "SCHEDULES", "Schedule", "make_schedule", "schedule_settings"]
+__all__ = [
+  "ANNEAL",
+  "EVENT_NAMES",
+  "EXHAUSTED",
+  "NO_EVENT",
+  "RESTART",
+  "SCHEDULES",
+  "Schedule",
+  "make_schedule",
+  "schedule_settings",
+]

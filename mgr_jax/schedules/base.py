@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from mgr_jax.problems import Problem, raise_if_any
 
-NO_EVENT = 0
+# What a schedule can report of a step. Limit events are ANNEAL and RESTART; EXHAUSTED is reported once.
+NO_EVENT, ANNEAL, RESTART, EXHAUSTED = range(4)
+EVENT_NAMES = ("none", "anneal", "restart", "exhausted")
 
 
 class Schedule(NamedTuple):
@@ -17,11 +19,16 @@ class Schedule(NamedTuple):
 
   `init() -> state`; `update(state, loss) -> (state, multiplier, event)`. One call per optimizer update, the first at
   step 0. The state is a small PyTree of arrays, `loss` the batch's mean loss over all devices, `multiplier` a
-  float32 scalar, `event` an int32 scalar, 0 for none.
+  float32 scalar, `event` an int32 scalar, one of the codes above.
+
+  With `resets_moments` the train step clears the optimizer's moments at RESTART, before the update of that step.
+  `metrics(state)` gives the scalars that belong into the log.
   """
 
   init: Callable[[], Any]
   update: Callable[[Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
+  resets_moments: bool = False
+  metrics: Callable[[Any], dict[str, jax.Array]] = lambda state: {}
 
 
 class StepState(NamedTuple):
@@ -38,7 +45,7 @@ def constant(total_steps: int, *, lr_warmup_steps: int = -1) -> Schedule:
   """
   warmup = _warmup_steps(lr_warmup_steps, total_steps)
   raise_if_any(_problems(total_steps, warmup))
-  return _from_step(lambda t: warmup_multiplier(t, warmup))
+  return from_step(lambda t: warmup_multiplier(t, warmup))
 
 
 def cosine(total_steps: int, *, lr_warmup_steps: int = -1, final_lr_frac: float = 0.0) -> Schedule:
@@ -55,25 +62,42 @@ def cosine(total_steps: int, *, lr_warmup_steps: int = -1, final_lr_frac: float 
     x = jnp.clip((t - warmup) / length, 0.0, 1.0)
     return warmup_multiplier(t, warmup) * (final_lr_frac + (1 - final_lr_frac) * 0.5 * (1 + jnp.cos(math.pi * x)))
 
-  return _from_step(multiplier)
+  return from_step(multiplier)
+
+
+WARMDOWN_SHAPES = {
+  "linear": lambda y: y,
+  "sqrt": jnp.sqrt,
+  "cosine": lambda y: 0.5 * (1 - jnp.cos(math.pi * y)),
+}
 
 
 def wsd(
-  total_steps: int, *, lr_warmup_steps: int = -1, warmdown_frac: float = 0.2, final_lr_frac: float = 0.0
+  total_steps: int,
+  *,
+  lr_warmup_steps: int = -1,
+  warmdown_frac: float = 0.2,
+  warmdown_shape: str = "linear",
+  final_lr_frac: float = 0.0,
 ) -> Schedule:
-  """Warm-up over W steps, 1 until N-D, then linear: 1 - (1-f)·(t-(N-D))/D with D = `warmdown_frac`·N.
+  """Warm-up over W steps, 1 until N-D, then 1 - (1-f)·s(y) with y = (t-(N-D))/D, D = `warmdown_frac`·N.
 
-  f = `final_lr_frac` is reached at t = N, one step after the last. (Hägele et al., 2024, arXiv 2405.18392.)
+  The shape s is y, sqrt(y) or (1 - cos πy)/2; f = `final_lr_frac` is reached at t = N, one step after the last. (Hägele
+  et al., 2024, arXiv 2405.18392, who find sqrt best.)
   """
   warmup = _warmup_steps(lr_warmup_steps, total_steps)
-  raise_if_any(_problems(total_steps, warmup, final_lr_frac, warmdown_frac))
+  found = _problems(total_steps, warmup, final_lr_frac, warmdown_frac)
+  if warmdown_shape not in WARMDOWN_SHAPES:
+    found.append(Problem(f"--warmdown_shape={warmdown_shape} is unknown", f"use one of {', '.join(WARMDOWN_SHAPES)}"))
+  raise_if_any(found)
   length = warmdown_frac * total_steps
+  shape = WARMDOWN_SHAPES[warmdown_shape]
 
   def multiplier(t):
-    left = jnp.clip((total_steps - t) / length, 0.0, 1.0) if length else jnp.where(t < total_steps, 1.0, 0.0)
-    return warmup_multiplier(t, warmup) * (final_lr_frac + (1 - final_lr_frac) * left)
+    gone = 1 - (jnp.clip((total_steps - t) / length, 0.0, 1.0) if length else jnp.where(t < total_steps, 1.0, 0.0))
+    return warmup_multiplier(t, warmup) * (1 - (1 - final_lr_frac) * shape(gone))
 
-  return _from_step(multiplier)
+  return from_step(multiplier)
 
 
 def warmup_multiplier(t: jax.Array, warmup: int) -> jax.Array:
@@ -81,7 +105,7 @@ def warmup_multiplier(t: jax.Array, warmup: int) -> jax.Array:
   return jnp.minimum(1.0, (t + 1) / max(warmup, 1)).astype(jnp.float32)
 
 
-def _from_step(multiplier: Callable[[jax.Array], jax.Array]) -> Schedule:
+def from_step(multiplier: Callable[[jax.Array], jax.Array]) -> Schedule:
   """The state machine that counts updates and ignores the loss."""
 
   def update(state: StepState, loss):

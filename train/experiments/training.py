@@ -12,6 +12,7 @@ import optax
 from mgr_jax import optim, params, schedules
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
+from mgr_jax.optim import groups
 from mgr_jax.params import fold_in_name
 from mgr_jax.schedules import Schedule
 from train.experiments.records import Arm, Experiment, Task
@@ -61,23 +62,18 @@ def freeze(
   last = [path.rsplit("/", 1)[-1] for path in params.leaf_names(specs)]
   if names - set(last):
     raise ValueError(f"no parameter is called {', '.join(sorted(names - set(last)))}; there are {sorted(set(last))}")
-  kept = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=params.is_spec), [name not in names for name in last])
-
-  def update(grads, state, params=None, **extra):
-    updates, state = optimizer.update(grads, state, params, **extra)
-    return jax.tree.map(lambda keep, u: u if keep else jnp.zeros_like(u), kept, updates), state
-
-  return optax.GradientTransformationExtraArgs(optimizer.init, update)
+  tree = jax.tree.structure(specs, is_leaf=params.is_spec)
+  return groups.freeze(optimizer, jax.tree.unflatten(tree, [name in names for name in last]))
 
 
-def _scaled(schedule: Schedule, scale: jax.Array) -> Schedule:
+def scaled(schedule: Schedule, scale: jax.Array) -> Schedule:
   """`schedule` times a number that may be traced: one program serves every learning rate."""
 
   def update(state, loss):
     state, multiplier, event = schedule.update(state, loss)
     return state, scale * multiplier, event
 
-  return Schedule(schedule.init, update)
+  return schedule._replace(update=update)
 
 
 def make_run(experiment: Experiment, task: Task, arm: Arm, cfg: GPTConfig, steps: int):
@@ -92,8 +88,8 @@ def make_run(experiment: Experiment, task: Task, arm: Arm, cfg: GPTConfig, steps
   stride = max(1, steps // CURVE_POINTS)
 
   def run(seed, lr_scale, data):
-    scaled = _scaled(schedule, lr_scale)
-    step = make_train_step(cfg, optimizer, scaled, total_steps=steps)
+    rated = scaled(schedule, lr_scale)
+    step = make_train_step(cfg, optimizer, rated, total_steps=steps)
     key = jax.random.key(seed)
     train_key = fold_in_name(key, "train batches")
 
@@ -102,7 +98,7 @@ def make_run(experiment: Experiment, task: Task, arm: Arm, cfg: GPTConfig, steps
       state, metrics = step(state, batch)
       return state, metrics["loss"]
 
-    state, losses = jax.lax.scan(body, init_train_state(cfg, optimizer, scaled, seed), jnp.arange(steps))
+    state, losses = jax.lax.scan(body, init_train_state(cfg, optimizer, rated, seed), jnp.arange(steps))
     score = {"accuracy": _accuracy, "loss": _loss}[experiment.metric]
     chunks = -(-experiment.test_rows // experiment.batch_size)
     scores = {}

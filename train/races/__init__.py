@@ -1,0 +1,1 @@
+"""Races between optimizers or schedules on problems small enough to repeat over seeds and learning rates."""
