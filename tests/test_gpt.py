@@ -137,20 +137,6 @@ def test_decode_drops_tokens_beyond_the_cache_without_touching_others(key, param
   jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.runs))
 
 
-def test_hessian_vector_product_passes_through_every_custom_gradient(key, params):
-  batch = batch_of(key)
-  direction = jax.tree.map(lambda p: np.cos(np.arange(p.size, dtype=np.float32)).reshape(p.shape), params)
-  reference = dataclasses.replace(CFG, attention="standard(impl=reference)")
-
-  def naive(p):
-    logits = gpt.forward(p, batch["tokens"], reference)[0]
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]))
-
-  hvp = lambda f: jax.jit(lambda p, d: jax.jvp(jax.grad(f), (p,), (d,))[1])(params, direction)
-  fast, slow = hvp(lambda p: gpt.loss(p, batch, CFG)[0]), hvp(naive)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.max(np.abs(b))), fast, slow)
-
-
 @pytest.mark.parametrize(("softcap", "n"), [(15.0, 10), (15.0, 1), (0.0, 16), (60.0, 10)])
 def test_cross_entropy_gradient_equals_autodiff(key, softcap, n):
   x, head = jax.random.normal(key, (n, 8)), 2 * jax.random.normal(key, (8, 128))
