@@ -217,6 +217,20 @@ def test_a_nonfinite_step_keeps_the_state_bitwise_and_counts(state):
 
 
 @pytest.mark.usefixtures("toy")
+def test_a_finite_gradient_with_an_update_that_is_not_finite_is_dropped_too():
+  """Curvature that breaks down must not reach the parameters."""
+  broken = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.zeros(()), lambda grads, s, params=None, **extra: (jax.tree.map(lambda g: g / 0, grads), s + 1)
+  )
+  state = init_train_state(CFG, broken, SCHEDULE, 0)
+  before = host(state.params)
+  state, metrics = make_train_step(CFG, broken, SCHEDULE, on_nonfinite="skip:2")(state, make_batch())
+  assert metrics["nonfinite"] and np.isfinite(metrics["grad_norm"])
+  assert_same(state.params, before)
+  assert int(state.opt_state) == 0 and int(state.skipped) == 1
+
+
+@pytest.mark.usefixtures("toy")
 def test_a_finite_loss_with_an_infinite_gradient_is_dropped_too(state, monkeypatch):
   finite_loss = step_module.gpt.loss
 

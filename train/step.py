@@ -91,10 +91,10 @@ def make_train_step(
     grad_accum: micro-batches per update; divides the batch. Activations of one micro-batch are alive at a time, and the
       result is that of the whole batch.
     grad_clip: largest global gradient norm, 0 for none.
-    on_nonfinite: a step whose loss or gradient is not finite leaves parameters, optimizer and schedule as they were.
-      After K such steps in a row with `skip:K`, or after the first with `raise`, every further step is dropped as well:
-      the caller may look at the metrics as seldom as it likes and still finds the parameters that broke. A restored
-      state that has this behind it goes on after `state.replace(nonfinite_streak=0)`.
+    on_nonfinite: a step whose loss, gradient or update is not finite leaves parameters, optimizer and schedule as they
+      were. After K such steps in a row with `skip:K`, or after the first with `raise`, every further step is dropped as
+      well: the caller may look at the metrics as seldom as it likes and still finds the parameters that broke. A
+      restored state that has this behind it goes on after `state.replace(nonfinite_streak=0)`.
     products: which curvature products the optimizer is given, see `optim.curvature`; None for none.
     stats: also return `diagnostics` of the update.
 
@@ -146,6 +146,8 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
 
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(metrics["grad_norm"])
+    # Curvature can break down where loss and gradient are still finite.
+    finite &= jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda u: jnp.all(jnp.isfinite(u)), updates))
     applied = finite & (state.nonfinite_streak < limit)
     new = params, opt_state, schedule_state, annealed
     old = state.params, state.opt_state, state.schedule_state, state.annealed

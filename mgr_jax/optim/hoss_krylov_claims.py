@@ -63,7 +63,7 @@ def _exact(missing: int) -> Check:
   """Largest relative error of the mean over its tolerance: 1e-9 in float64; in float32 1e-5, 2e-3 beyond δ = 1.
 
   Float32 takes one product more than there are distinct eigenvalues: the last exact direction is the difference of
-  vectors 10⁴ times its size. `missing` products are left out.
+  vectors 10⁴ times its size. Of the float64 products, `missing` are left out.
   """
 
   def measure(key, scale):
@@ -75,9 +75,11 @@ def _exact(missing: int) -> Check:
           exact = -function_of(H, lambda l, delta=delta: phi_reference(l, delta)) @ g
           with jax.enable_x64(True):
             double = mean_step(H, g, delta, 5 - missing)
-          single = mean_step(H, g.astype(np.float32), delta, 6 - missing)
-          error, error32 = (np.linalg.norm(m - exact) / np.linalg.norm(exact) for m in (double, single))
-          worst = max(worst, error / 1e-9, error32 / (1e-5 if delta <= 1 else 2e-3))
+          worst = max(worst, np.linalg.norm(double - exact) / np.linalg.norm(exact) / 1e-9)
+          if not missing:
+            single = mean_step(H, g.astype(np.float32), delta, 6)
+            tolerance = 1e-5 if delta <= 1 else 2e-3
+            worst = max(worst, np.linalg.norm(single - exact) / np.linalg.norm(exact) / tolerance)
     return worst
 
   return measure
@@ -110,7 +112,7 @@ def _semigroup(descent: bool) -> Check:
     for values in (POSITIVE, INDEFINITE) * scale:
       H, w = symmetric(rng, values), rng.standard_normal(DIM)
       first, second = 10 ** rng.uniform(-2, 0.3, 2)
-      move = lambda w, t, H=H: w + (-t * H @ w if descent else mean_step(H, H @ w, t))
+      move = lambda w, t, H=H: w + (-t * H @ w if descent else mean_step(H, H @ w, t, 20))
       with jax.enable_x64(True):
         once, twice = move(w, first + second), move(move(w, first), second)
       worst = max(worst, np.linalg.norm(once - twice) / np.linalg.norm(once))
@@ -287,6 +289,6 @@ CLAIMS = (
     _estimate(False),
   ),
   claim(
-    "lanczos.trees", "a tree gives what its ravelled vector gives", _tree_is_array(False), 1e-5, _tree_is_array(True)
+    "lanczos.trees", "a tree gives what its ravelled vector gives", _tree_is_array(False), 1e-6, _tree_is_array(True)
   ),
 )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mgr_jax.algebra.phi import psi_delta
-from mgr_jax.optim.hoss_spectrum import Spectrum, covariance, spectrum, spread, transformed
+from mgr_jax.optim.hoss_spectrum import Spectrum, covariance, multiply, spectrum, spread, transformed
 from mgr_jax.optim.lanczos import Krylov, combine, lanczos, project
 
 PROBES = 4
@@ -57,10 +57,10 @@ def minibatch_noise(key, slopes_rb, s: Spectrum, delta, neg: str, temperature: f
     slopes_rb: [r, b], derivative of each example's loss along each basis vector.
   """
   centred = slopes_rb - jnp.mean(slopes_rb, 1, keepdims=True)
-  sigma = centred @ centred.T / (slopes_rb.shape[1] - 1)
+  sigma = multiply(centred, centred.T) / (slopes_rb.shape[1] - 1)
   values, vectors = jnp.linalg.eigh(covariance(s, delta, neg, sigma))
   z = jax.random.normal(key, values.shape, values.dtype)
-  draw = s.vectors @ (vectors @ (jnp.sqrt(temperature * jnp.maximum(values, 0)) * z))
+  draw = multiply(s.vectors, multiply(vectors, jnp.sqrt(temperature * jnp.maximum(values, 0)) * z))
   return jnp.where(s.active, draw, 0)
 
 

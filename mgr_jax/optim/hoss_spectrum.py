@@ -1,5 +1,6 @@
 """One macro step in a Krylov space, as functions of its Ritz values: the whole curve over the macro time is free."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ from mgr_jax.algebra.phi import phi1, phi_delta, psi_delta
 from mgr_jax.optim.lanczos import Krylov
 
 NEGATIVE = ("abs", "flat", "flow")
+# r by r products cost nothing; in the reduced precision of some accelerators steps would not add up to longer ones.
+multiply = functools.partial(jnp.matmul, precision="highest")
 
 
 class Spectrum(NamedTuple):
@@ -52,7 +55,7 @@ def transformed(theta: jax.Array, neg: str, delta, growth: float = 1.0) -> jax.A
 def mean_coefficients(s: Spectrum, delta, neg: str, growth: float = 1.0) -> jax.Array:
   """[r], coefficients in the basis of m = -|g| Q Φ_δ(T~) e_1."""
   phi = phi_delta(transformed(s.theta, neg, delta, growth), delta)
-  return -s.norm * (s.vectors @ (phi * s.start))
+  return -s.norm * multiply(s.vectors, phi * s.start)
 
 
 def step_norm(s: Spectrum, delta, neg: str) -> jax.Array:
@@ -109,7 +112,7 @@ def trusted_time(s: Spectrum, delta, neg: str, radius: float) -> jax.Array:
 def spread(s: Spectrum, delta, neg: str, z: jax.Array) -> jax.Array:
   """[r], coefficients of Q Ψ_δ(T~)^{1/2} z for a vector z in the basis; components that are not active are dropped."""
   psi = psi_delta(transformed(s.theta, neg, delta), delta)
-  return s.vectors @ (jnp.sqrt(psi) * (s.vectors.T @ jnp.where(s.active, z, 0)))
+  return multiply(s.vectors, jnp.sqrt(psi) * multiply(s.vectors.T, jnp.where(s.active, z, 0)))
 
 
 def covariance(s: Spectrum, delta, neg: str, sigma: jax.Array) -> jax.Array:
@@ -120,4 +123,4 @@ def covariance(s: Spectrum, delta, neg: str, sigma: jax.Array) -> jax.Array:
   """
   theta = transformed(s.theta, neg, delta)
   pairs = theta[:, None] + theta
-  return (s.vectors.T @ sigma @ s.vectors) * (delta * phi1(-delta * pairs))
+  return multiply(multiply(s.vectors.T, sigma), s.vectors) * (delta * phi1(-delta * pairs))

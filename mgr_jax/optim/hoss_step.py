@@ -35,7 +35,7 @@ class HossDiag(NamedTuple):
     cos_grad: cosine between the mean step and -g.
     delta_used: macro time after the schedule and step control.
     neg_mass: share of |g|² along negative curvature.
-    krylov_time: delta_used · max|ritz|, steps that gradient descent would need at least (times 1/2).
+    krylov_time: delta_used · max|ritz|; gradient descent covers that time in half as many stable steps, at best.
     ratio: actual over predicted decrease; 0 unless the policy is `lm`.
   """
 
@@ -115,9 +115,9 @@ def scale_by_hoss(
   Returns:
     A transformation whose update is the step itself, in the parameters' dtype. Extra arguments of `update`: `hvp_fn`,
     v -> H·v; `scale`; `key` with noise; `value` and `loss_fn`, params -> loss on the same batch, for `lm`;
-    `example_jvp_fn`, v -> [b] derivatives of the per-example losses along v, for `minibatch`. A leaf whose gradient and
-    products are zero is left exactly alone by the mean. State: two scalars and diagnostics, with a metric one copy of
-    the parameters. Cost: see `hoss_cost`; memory of r + 2 copies of the parameters.
+    `example_jvp_fn`, v -> [b] derivatives of the per-example losses along v, for `minibatch`. Their trees are like
+    `params`. A leaf whose gradient and products are zero is left exactly alone by the mean. State: three scalars and
+    diagnostics, with a metric one copy of the parameters. Cost: see `hoss.hoss_cost`; r + 2 copies of the parameters.
 
   Raises:
     ValueError: naming the settings out of range; in `init`, for leaves that are not floating point and a rank above the
