@@ -77,6 +77,9 @@ def test_a_restored_run_goes_on_bit_for_bit(optimizer_name, schedule_name, tmp_p
     np.testing.assert_array_equal(a, b)
 
   assert np.all(np.isfinite(whole))
+  seen = step(again, batches()[0])[1]["optimizer"]
+  assert ("hoss/residual" in seen) == optimizer_name.startswith("hoss")
+  assert all(np.isfinite(value) and np.shape(value) == () for value in seen.values())
   events = whole[:, 2]
   if schedule_name == "ordinal":
     assert RESTART in events

@@ -159,9 +159,10 @@ def test_metrics(state, step):
   norm = float(optax.tree.norm(grads))
   state, metrics = step(state, batch)
   assert set(metrics) == {
-    "loss", "nll_sum", "weight", "aux_loss", "grad_norm", "multiplier", "event", "nonfinite", "annealed", "schedule",
+    "loss", "nll_sum", "weight", "aux_loss", "grad_norm", "multiplier", "event", "nonfinite",
+    "annealed", "schedule", "optimizer",
   }  # fmt: skip
-  assert metrics.pop("annealed") == metrics.pop("schedule") == {}
+  assert metrics.pop("annealed") == metrics.pop("schedule") == metrics.pop("optimizer") == {}
   assert all(isinstance(m, jax.Array) and m.shape == () for m in metrics.values())
   np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
   np.testing.assert_allclose(metrics["nll_sum"], model["nll_sum"], rtol=1e-6)

@@ -19,6 +19,7 @@ from train.validate import Score
 
 FIRST_LOSS_TOLERANCE = 1e-4
 SHOWN = 3  # problems repeated at the end
+RESIDUAL_LIMIT = 0.1  # estimated error of a HOSS step over that of a gradient step, above which to warn
 WAIT_LIMIT = 0.1  # share of the step time spent waiting for data, above which to warn
 
 
@@ -90,7 +91,7 @@ class Journal:
       "aux_loss": metrics["aux_loss"],
       **metrics["annealed"],
       **metrics["schedule"],
-      **metrics.get("optimizer", {}),
+      **metrics["optimizer"],
       "tokens": step * self._plan.tokens_per_step,
       **self.meter.lap(step - self._logged),
     }
@@ -105,6 +106,11 @@ class Journal:
     expected = math.log(self._plan.cfg.vocab_size)
     if record["step"] == 1 and not abs(record["loss"] - expected) <= FIRST_LOSS_TOLERANCE:
       self.say(f"warning: the first loss is {record['loss']:.5f}; a zero head gives ln V = {expected:.5f}")
+    residual = record.get("hoss/residual", 0.0)
+    if residual > RESIDUAL_LIMIT and not self.events("unresolved"):
+      self.event("unresolved", record["step"], residual=residual)
+      what = f"warning: HOSS resolves its macro time badly (residual {float(residual):.2f} of the gradient)"
+      self.say(f"{what}; a larger --hoss_rank or a smaller --matrix_lr is more exact")
     share = record["data_wait_ms"] / record["step_ms"]
     if share > WAIT_LIMIT and len(self.meter.laps) > 1 and not self.events("slow_data"):
       self.event("slow_data", record["step"], share=share)

@@ -69,7 +69,10 @@ def diagnose(params, batch: dict[str, np.ndarray], cfg: GPTConfig) -> dict[str, 
     elif bad:
       where = f"the forward pass is finite; not finite are {', '.join(bad)}"
     else:
-      where = "the batch is finite with these parameters; micro-batches or another compilation made the difference"
+      where = (
+        "loss and gradient of the batch are finite with these parameters: the optimizer's update is not, or"
+        " micro-batches or another compilation made the difference"
+      )
   rows = [*activations, *figures(params, "parameter"), *figures(grads, "gradient")]
   return {"where": where, "loss": float(loss), "arrays": [row._asdict() for row in rows]}
 

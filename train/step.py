@@ -12,7 +12,7 @@ from flax import struct
 from mgr_jax import optim
 from mgr_jax.model import annealing, curvature, gpt
 from mgr_jax.optim import Curvature, reset_moments
-from mgr_jax.optim.diagnostics import diagnostics
+from mgr_jax.optim.diagnostics import diagnostics, hoss_metrics
 from mgr_jax.params import fold_in_name, init_params
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from mgr_jax.schedules import ANNEAL, RESTART, Schedule
@@ -105,7 +105,8 @@ def make_train_step(
 
   Metrics, device scalars: `loss` (Σ w·nll / Σ w, nats per token), `nll_sum`, `weight`, `aux_loss`, `grad_norm` (of
   the whole gradient, before clipping), `multiplier` and `event` of the schedule, `nonfinite` (the update was dropped),
-  `annealed` (the values that this step used, by key), `schedule` (its state in numbers), `optimizer` (diagnostics).
+  `annealed` (the values that this step used, by key), `schedule` (its state in numbers), `optimizer` (what HOSS saw,
+  and with `stats` the diagnostics).
 
   Raises:
     UserError: settings out of range.
@@ -141,8 +142,9 @@ def make_train_step(
       part = jax.tree.map(lambda x: x[:rows], batch)
       given["hvp_fn"] = curvature.product(products.kind, state.params, part, cfg, state.annealed)
     updates, opt_state = optimizer.update(grads, opt_state, state.params, **given)
+    metrics["optimizer"] = hoss_metrics(opt_state)
     if stats:
-      metrics["optimizer"] = diagnostics(gpt.specs(cfg), grads, updates, state.params)
+      metrics["optimizer"] |= diagnostics(gpt.specs(cfg), grads, updates, state.params)
     params = optax.apply_updates(state.params, updates)
 
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["aux_loss"]) & jnp.isfinite(metrics["grad_norm"])

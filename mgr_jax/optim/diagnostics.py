@@ -1,10 +1,11 @@
-"""What an update looks like beside its gradient and the parameters, by role."""
+"""What an update looks like beside its gradient and the parameters, by role; what HOSS saw."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from mgr_jax.optim.hoss import HossState
 from mgr_jax.params import is_spec
 
 
@@ -34,3 +35,14 @@ def diagnostics(specs, grads, updates, params) -> dict[str, jax.Array]:
     found[f"cosine/{role}"] = ratio(-inner("update", "grad"), norm["update"] * norm["grad"])
   count = sum(jnp.sum(~jnp.isfinite(x)) for x in trees["grad"] + trees["update"])
   return found | {"nonfinite_count": count.astype(jnp.float32)}
+
+
+def hoss_metrics(opt_state) -> dict[str, jax.Array]:
+  """The scalars of `HossDiag` of the last step as `hoss/*`, with the ends of its Ritz values; empty without HOSS."""
+  is_hoss = lambda x: isinstance(x, HossState)
+  found = [x.diag._asdict() for x in jax.tree.leaves(opt_state, is_leaf=is_hoss) if is_hoss(x)]
+  if not found:
+    return {}
+  ritz = found[0].pop("ritz")
+  found[0] |= {"ritz_min": jnp.min(ritz), "ritz_max": jnp.max(ritz)}
+  return {f"hoss/{name}": value for name, value in found[0].items()}
