@@ -66,6 +66,20 @@ def compiled(f: Callable, *args) -> Program:
   return Program(lambda: program(*args), seconds, int(program.memory_analysis().temp_size_in_bytes))
 
 
+def stepping(step: Callable, state, batch) -> Program:
+  """`step(state, batch) -> (state, metrics)` as a program that goes on from its own last state; states are donated."""
+  start = time.perf_counter()
+  compiled_step = step.lower(state, batch).compile()
+  seconds, held = time.perf_counter() - start, [state]
+
+  def run():
+    held[0], metrics = compiled_step(held[0], batch)
+    return metrics["loss"], jax.tree.leaves(held[0].params)[0]
+
+  jax.block_until_ready(run())
+  return Program(run, seconds, int(compiled_step.memory_analysis().temp_size_in_bytes))
+
+
 def interleaved(programs: dict[str, Program], rounds: int) -> dict[str, np.ndarray]:
   """Seconds of each program in each round; within a round every program runs once."""
   seconds = {name: np.zeros(rounds) for name in programs}

@@ -73,7 +73,7 @@ class Settings:
   hoss_curvature: str = _flag("ggn", "Gauss-Newton matrix or Hessian.", ("ggn", "hessian"), part="optimizer")
   hoss_hvp_frac: float = _flag(0.25, "Share of the batch that curvature is taken of.", part="optimizer")
   hoss_metric: str = _flag(
-    "none", "Metric of HOSS; adam = Adam's diagonal.", ("none", "adam"), part="optimizer"
+    "none", "Metric of HOSS; adam = Adam's diagonal (try --matrix_lr=0.01).", ("none", "adam"), part="optimizer"
   )
   hoss_neg: str = _flag("abs", "What HOSS makes of negative curvature.", ("abs", "flat", "flow"), part="optimizer")
   hoss_noise: str = _flag(

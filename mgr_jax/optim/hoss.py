@@ -39,7 +39,7 @@ def hoss(
   cfg,
   *,
   lr_scale: float = 1.0,
-  matrix_lr: float = 0.1,
+  matrix_lr: float = 1.0,
   weight_decay: float = 0.0,
   hoss_rank: int = 8,
   hoss_curvature: str = "ggn",

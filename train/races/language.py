@@ -46,7 +46,7 @@ ARMS = {
   "adamw": Arm("adamw"),
   "muon": Arm("muon"),
   "muon-ns5": Arm("muon", (("muon_ns", "ns5"),)),
-  "hoss": Arm("hoss", (("matrix_lr", 1.0),)),
+  "hoss": Arm("hoss"),
   "hoss-adam": Arm("hoss", (("hoss_metric", "adam"), ("matrix_lr", 0.01))),
   "hoss_hidden": Arm("hoss_hidden"),
   "sgd": Arm("sgd"),
@@ -87,22 +87,26 @@ def held_out(size: Size) -> dict[str, np.ndarray]:
   return {name: np.stack([b[name] for b in found]) for name in ("tokens", "targets", "weights")}
 
 
-def make_run(arm: Arm, size: Size):
-  """`run(seed, factor, windows, val) -> validation loss [steps / every]`, nats per byte, to be jitted."""
+def training(arm: Arm, size: Size, schedule):
+  """`init(seed) -> state` and the jitted `step(state, batch)` of an arm; gradients are clipped at 1 but for HOSS."""
   cfg, settings = size.cfg, dict(arm.settings)
   optimizer = optim.make_optimizer(arm.optimizer, gpt.specs(cfg), cfg, **settings)
   products = optim.curvature(arm.optimizer, **settings)
-  schedule = schedules.make_schedule("wsd", size.steps)
+  clip = 0.0 if products else 1.0
+  step = make_train_step(cfg, optimizer, schedule, total_steps=size.steps, grad_clip=clip, products=products)
+  return lambda seed: init_train_state(cfg, optimizer, schedule, seed), step
+
+
+def make_run(arm: Arm, size: Size):
+  """`run(seed, factor, windows, val) -> validation loss [steps / every]`, nats per byte, to be jitted."""
 
   def validate(params, val):
-    nll = lambda b: (jnp.sum(gpt.nll(params, b, cfg) * b["weights"]), jnp.sum(b["weights"]))
+    nll = lambda b: (jnp.sum(gpt.nll(params, b, size.cfg) * b["weights"]), jnp.sum(b["weights"]))
     nats, weight = jax.lax.map(nll, val)
     return jnp.sum(nats) / jnp.sum(weight)
 
   def run(seed, factor, windows, val):
-    rated = scaled(schedule, factor)
-    clip = 0.0 if products else 1.0
-    step = make_train_step(cfg, optimizer, rated, total_steps=size.steps, grad_clip=clip, products=products)
+    init, step = training(arm, size, scaled(schedules.make_schedule("wsd", size.steps), factor))
 
     def body(state, window):
       state, _ = step(state, {"tokens": window[:, :-1], "targets": window[:, 1:]})
@@ -113,7 +117,7 @@ def make_run(arm: Arm, size: Size):
       return state, validate(state.params, val)
 
     grouped = windows[: size.steps // size.every * size.every].reshape(-1, size.every, *windows.shape[1:])
-    return jax.lax.scan(stretch, init_train_state(cfg, optimizer, rated, seed), grouped)[1]
+    return jax.lax.scan(stretch, init(seed), grouped)[1]
 
   return run
 
@@ -160,21 +164,8 @@ def run(seeds: int, steps: int, arms: Sequence[str] = (), say: Callable[[str], A
 
 def _one_step(arm: Arm, size: Size, window) -> bench.Program:
   """One compiled step, repeated on one batch from the initial state."""
-  cfg, settings = size.cfg, dict(arm.settings)
-  optimizer = optim.make_optimizer(arm.optimizer, gpt.specs(cfg), cfg, **settings)
-  schedule = schedules.make_schedule("constant", 1000)
-  products = optim.curvature(arm.optimizer, **settings)
-  step = make_train_step(cfg, optimizer, schedule, grad_clip=0.0 if products else 1.0, products=products)
-  held = [jax.jit(lambda: init_train_state(cfg, optimizer, schedule, 0))()]
-  batch = {"tokens": window[:, :-1], "targets": window[:, 1:]}
-  compiled = step.lower(held[0], batch).compile()
-
-  def advance():
-    held[0], metrics = compiled(held[0], batch)
-    return metrics["loss"], jax.tree.leaves(held[0].params)[0]
-
-  jax.block_until_ready(advance())
-  return bench.Program(advance, 0.0, 0)
+  init, step = training(arm, size, schedules.make_schedule("constant", size.steps))
+  return bench.stepping(step, jax.jit(init, static_argnums=0)(0), {"tokens": window[:, :-1], "targets": window[:, 1:]})
 
 
 def judged(found: dict[str, Any], size: Size) -> dict[str, Any]:

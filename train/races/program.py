@@ -7,7 +7,6 @@ python -m train.bench regime       schedules on a stream whose target jumps
 """
 
 import importlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from mgr_jax.problems import Problem, UserError
+from train.metrics import dumps
 
 
 class Race(NamedTuple):
@@ -74,7 +74,7 @@ def program(name: str) -> tuple[Callable[[list[str]], int], flags.FlagValues]:
       from train import bench
 
       with open(fv.json, "w", encoding="utf-8") as f:
-        json.dump({"race": name, "machine": bench.machine(), "settings": settings, **result}, f, indent=2)
+        f.write(dumps({"race": name, "machine": bench.machine(), "settings": settings, **result}, indent=2) + "\n")
     return 0
 
   return main, fv

@@ -55,8 +55,7 @@ def run(batch_size: int, rounds: int, say: Callable[[str], Any] = print, **field
     state = jax.jit(init)()
     state = state.replace(params=jax.tree.map(lambda p: p + 0.02, state.params))
     say(f"compiling {arm}")
-    programs[arm] = _stepping(step.lower(state, batch).compile(), state, batch)
-    programs[arm].run()
+    programs[arm] = bench.stepping(step, state, batch)
   seconds = bench.interleaved(programs, rounds)
   rows = []
   for arm, (name, settings) in ARMS.items():
@@ -67,17 +66,6 @@ def run(batch_size: int, rounds: int, say: Callable[[str], Any] = print, **field
     row = {"optimizer": arm, "ms": ms, "ratio": measured, "counted": counted}
     rows.append(row | {"measured/counted": measured / counted})
   return {"parameters": params.count(gpt.specs(cfg)), "rows": rows}
-
-
-def _stepping(compiled, state, batch) -> bench.Program:
-  """A program that goes on from its own last state: states are donated."""
-  held = [state]
-
-  def run():
-    held[0], metrics = compiled(held[0], batch)
-    return metrics["loss"], jax.tree.leaves(held[0].params)[0]
-
-  return bench.Program(run, 0.0, 0)
 
 
 def report(result: dict[str, Any]) -> str:
