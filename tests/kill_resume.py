@@ -136,7 +136,7 @@ def main() -> int:
   options, flags = parser.parse_known_args()
   with tempfile.TemporaryDirectory() as directory:
     found = experiment(Path(directory), options.kills, options.seed, flags)
-  print("\n".join(found) or f"{' '.join(flags)} {options.kills} kills, losses bitwise equal, each step once")
+  print("\n".join(found) or f"{' '.join(flags)}: {options.kills} kills, losses bitwise equal, each step once")
   return int(bool(found))
 
 

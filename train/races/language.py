@@ -169,7 +169,8 @@ def _one_step(arm: Arm, size: Size, window) -> bench.Program:
 
 
 def judged(found: dict[str, Any], size: Size) -> dict[str, Any]:
-  """The target, the steps to it, and a verdict for every arm: is it there before the baseline, in steps, in seconds?
+  """The target, the steps to it, and verdicts for every arm: is it there before the baseline, in steps and in seconds,
+  and is its loss lower at the end?
 
   Supported or not supported when the 95% interval over paired seeds of log2(arm / baseline) lies below or above 0;
   an arm that never arrives on some seed is not there before.
@@ -182,9 +183,13 @@ def judged(found: dict[str, Any], size: Size) -> dict[str, Any]:
   for name in found:
     if name == BASELINE:
       continue
-    for unit, factor in (("steps", 1.0), ("seconds", found[name]["step_ratio"])):
-      a, b = np.asarray(steps[name]), np.asarray(steps[BASELINE])
-      verdicts.append({"arm": name, "unit": unit} | _verdict(np.log2(factor * a / b)))
+    a, b = np.asarray(steps[name]), np.asarray(steps[BASELINE])
+    compared = {
+      f"{name} needs fewer steps than {BASELINE}": a / b,
+      f"{name} needs fewer seconds than {BASELINE}": found[name]["step_ratio"] * a / b,
+      f"{name} ends at a lower loss than {BASELINE}": curves[name][:, -1] / curves[BASELINE][:, -1],
+    }
+    verdicts += [{"claim": claim} | _verdict(np.log2(ratios)) for claim, ratios in compared.items()]
   return {"target": target, "steps_to_target": steps, "verdicts": verdicts}
 
 
@@ -196,7 +201,7 @@ def _steps_to(curves, target: float, every: int) -> list[float]:
 
 def _verdict(log_ratios) -> dict[str, Any]:
   if not np.all(np.isfinite(log_ratios)):
-    return {"word": REFUTED, "why": "it does not reach the target on every seed", "ratio": math.inf}
+    return {"word": REFUTED, "why": "not on every seed", "ratio": math.inf}
   found = interval(log_ratios)
   word = SUPPORTED if found.high < 0 else REFUTED if found.low > 0 else INCONCLUSIVE
   ratio, low, high = (2**x for x in (found.mean, found.low, found.high))
@@ -219,5 +224,5 @@ def report(result: dict[str, Any]) -> str:
     lines.append(f"{head}{row['step_ms']:>9.1f}{row['step_ratio']:>7.2f}{seconds:>10}")
   lines.append("* the best factor is the least or the largest that was tried")
   for v in result["verdicts"]:
-    lines.append(f"{v['arm']} needs fewer {v['unit']} than {BASELINE}: {v['word']} ({v['why']})")
+    lines.append(f"{v['word']:<14} {v['claim']} ({v['why']})")
   return "\n".join(lines)
