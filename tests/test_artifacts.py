@@ -226,4 +226,4 @@ def test_diagnosis_of_a_bad_embedding_and_of_healthy_parameters(healthy):
   cfg, params, batch = healthy
   bad = {**params, "embed": params["embed"].at[int(batch["tokens"][0, 0])].set(np.inf)}
   assert "embedding" in nonfinite.diagnose(bad, batch, cfg)["where"]
-  assert nonfinite.diagnose(params, batch, cfg)["where"].startswith("the batch is finite")
+  assert nonfinite.diagnose(params, batch, cfg)["where"].startswith("loss and gradient of the batch are finite")

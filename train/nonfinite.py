@@ -21,7 +21,7 @@ class NonFinite(Exception):
   """Training broke down at update `step` on `batch`."""
 
   def __init__(self, step: int, batch: dict[str, np.ndarray]):
-    super().__init__(f"loss or gradient of step {step} is not finite")
+    super().__init__(f"loss, gradient or update of step {step} is not finite")
     self.step = step
     self.batch = batch
 

@@ -1,5 +1,6 @@
 """A real corpus that every machine already has: documentation and standard library of the running Python."""
 
+import contextlib
 import importlib
 import os
 import secrets
@@ -135,5 +136,7 @@ def _complete(directory: Path) -> bool:
 def _remove_stale(cache: Path) -> None:
   """Removes what builds killed long ago have left in the cache."""
   for path in cache.glob(".builtin-*.tmp"):
-    if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-      shutil.rmtree(path, ignore_errors=True)
+    # Another process may be giving its finished build the final name just now.
+    with contextlib.suppress(FileNotFoundError):
+      if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+        shutil.rmtree(path, ignore_errors=True)
