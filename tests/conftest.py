@@ -44,7 +44,7 @@ QUICK_CASES = {
   "test_long_ragged_pieces_decode_like_the_whole": 1,
   "test_memory_and_loops_do_not_grow_with_pairs": 1,
   "test_memory_grows_linearly_with_the_sequence": 1,
-  "test_one_compilation_per_shape": 4,
+  "test_one_compilation_per_shape": 2,
   "test_products_are_symmetric_and_the_modes_agree": 1,
   "test_prompts_longer_than_a_piece_beside_short_ones": 2,
   "test_reconstructing_gives_the_gradient_of_autodiff": 3,
@@ -54,7 +54,7 @@ QUICK_CASES = {
   "test_tiles": 1,
   "test_training_memory_grows_linearly": 1,
   "test_training_memory_grows_linearly_with_length": 1,
-  "test_training_memory_is_a_small_multiple_of_the_activations": 4,
+  "test_training_memory_is_a_small_multiple_of_the_activations": 2,
   "test_what_else_grows_with_depth": 0,
 }
 
