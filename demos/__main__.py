@@ -3,7 +3,7 @@
   python -m demos list                  what there is
   python -m demos info NAME             claims, options, papers; runs nothing
   python -m demos run NAME              story, claims, plots
-  python -m demos run-all               the same for every demo
+  python -m demos run-all --jobs=2      the same for every demo, two at a time
   python -m demos check [NAME ...]      claims only, one line each
 
 Exit code 0 when every claim holds and every negative control is caught, 1 otherwise, 2 for a mistake in the command.
@@ -27,11 +27,13 @@ import jax
 from absl import flags
 
 from demos import demo as demo_lib
+from demos import parallel
 from mgr_jax.claims import Claim, ClaimResult, run_claims
 from mgr_jax.config import nearest
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem, UserError
 from train import cli
+from train.quick_compile import compile_quickly
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("seed", 0, "Seed of every sampled case.", flag_values=FLAGS)
@@ -39,10 +41,20 @@ flags.DEFINE_integer("scale", 1, "Multiplies the number of sampled cases.", lowe
 flags.DEFINE_string("plots", None, "Write the plots into this folder, as png and pdf.", flag_values=FLAGS)
 flags.DEFINE_string("export_json", None, "Write the results to this file.", flag_values=FLAGS)
 flags.DEFINE_alias("json", "export_json", flag_values=FLAGS)
+flags.DEFINE_integer("jobs", 1, "Demos at once, each in a process of its own.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_boolean(
+  "fast_compile", True, "Compile without back-end optimisation; stories then time such programs.", flag_values=FLAGS
+)
 flags.DEFINE_boolean("verbose", False, "Also print each claim's statement, seconds and papers.", flag_values=FLAGS)
 
-_RUNS = ("seed", "scale", "export_json", "json", "verbose")
-_COMMANDS = {"list": (), "info": (), "run": (*_RUNS, "plots"), "run-all": (*_RUNS, "plots"), "check": _RUNS}
+_RUNS = ("seed", "scale", "export_json", "json", "verbose", "fast_compile")
+_COMMANDS = {
+  "list": (),
+  "info": (),
+  "run": (*_RUNS, "plots"),
+  "run-all": (*_RUNS, "plots", "jobs"),
+  "check": (*_RUNS, "jobs"),
+}
 _USAGE = "python -m demos list | info NAME | run NAME | run-all | check [NAME ...]"
 _VERDICTS = ("holds", "violated", "vacuous", "error")
 _WIDTH = 100
@@ -91,18 +103,42 @@ def main(argv: list[str]) -> int:
   if command == "info":
     return _info(demos[0])
   plots, report = _destinations(demos)
-  started, sections = time.perf_counter(), []
-  width = max([len(claim.name) for demo in demos for claim in demo.claims], default=0)
-  for demo in demos:
-    sections.append(_run(demo, width, quiet=command == "check", plots=plots))
-  counts = Counter(row.verdict for _, rows, _ in sections for row in rows)
-  broken = sum(counts.values()) - counts["holds"]
+  started = time.perf_counter()
+  quick = FLAGS.fast_compile and compile_quickly()
+  if FLAGS.jobs > 1 and len(demos) > 1:
+    records = _run_in_parallel(command, demos)
+  else:
+    width = max([len(claim.name) for demo in demos for claim in demo.claims], default=0)
+    sections = [_run(demo, width, quiet=command == "check", plots=plots) for demo in demos]
+    records = [
+      {"name": demo.name, "plots": written, "claims": [_record(row) for row in rows]}
+      for demo, rows, written in sections
+    ]
+  counts = Counter(claim["verdict"] for demo in records for claim in demo["claims"])
+  died = [demo["name"] for demo in records if demo.get("died")]
   tally = ", ".join(f"{counts[v]} {_painted(v, v)}" for v in _VERDICTS if counts[v]) or "no claims"
+  tally += f", {_painted('died', 'error')}: {', '.join(died)}" if died else ""
   print(f"{'' if command == 'check' else chr(10)}{tally} in {time.perf_counter() - started:.0f} s")
+  if quick and command != "check":
+    print("times in the stories are of programs compiled without back-end optimisation; --nofast_compile optimises")
   if report is not None:
-    report.write_text(json.dumps(_document(command, sections, counts), indent=2, allow_nan=False) + "\n")
+    report.write_text(json.dumps(_document(command, records, counts), indent=2, allow_nan=False) + "\n")
     print(f"wrote {report}")
-  return 1 if broken else 0
+  return 1 if died or sum(counts.values()) > counts["holds"] else 0
+
+
+def _run_in_parallel(command: str, demos: Sequence[demo_lib.Demo]) -> list[dict]:
+  """Prints every demo as its process ends, in order; returns their records."""
+  switch = lambda name: f"--{name}={str(FLAGS[name].value).lower()}"
+  common = [f"--seed={FLAGS.seed}", f"--scale={FLAGS.scale}", switch("verbose"), switch("fast_compile")]
+  plotting = lambda demo: [f"--plots={FLAGS.plots}"] if FLAGS.plots is not None and demo.plots else []
+  wanted = [(demo.name, [*common, *plotting(demo)]) for demo in demos]
+  records = []
+  results = parallel.run("check" if command == "check" else "run", wanted, FLAGS.jobs)
+  for demo, (text, found) in zip(demos, results, strict=True):
+    print(text, flush=True)
+    records += found["demos"] if found else [{"name": demo.name, "plots": [], "claims": [], "died": True}]
+  return records
 
 
 def _parse(words: Sequence[str]) -> tuple[str, list[demo_lib.Demo]]:
@@ -122,7 +158,11 @@ def _parse(words: Sequence[str]) -> tuple[str, list[demo_lib.Demo]]:
   if command in ("list", "run-all") and wanted:
     problems.append(Problem(f"{command} takes no name, got {' '.join(wanted)}", f"python -m demos {command}"))
   demos = []
-  for name in dict.fromkeys(wanted) if command in ("info", "run", "check") and wanted else demo_lib.names():
+  for name in (
+    dict.fromkeys(demo_lib.ALIASES.get(w, w) for w in wanted)
+    if command in ("info", "run", "check") and wanted
+    else demo_lib.names()
+  ):
     try:
       demos.append(demo_lib.get(name))
     except UserError as e:
@@ -171,6 +211,7 @@ def _list(demos: Sequence[demo_lib.Demo]) -> int:
     plots = f"{len(demo.plots)} plot{'s' * (len(demo.plots) != 1)}"
     line = f"{demo.name:<{width}}  {len(demo.claims):3d} claims  {plots:<7}  {demo.summary}"
     print(line if len(line) <= _WIDTH else line[: _WIDTH - 4] + " ...")
+  print("also known as: " + ", ".join(f"{alias} = {name}" for alias, name in demo_lib.ALIASES.items()))
   return 0
 
 
@@ -234,7 +275,7 @@ def _print_row(row: Row, claim: Claim, width: int) -> None:
       print(textwrap.indent(row.crash.rstrip(), "    "))
 
 
-def _document(command: str, sections, counts: Counter) -> dict:
+def _document(command: str, records: Sequence[dict], counts: Counter) -> dict:
   """The results as strict JSON; a residual that was not measured, or is not finite, is null."""
   return {
     "command": command,
@@ -243,9 +284,7 @@ def _document(command: str, sections, counts: Counter) -> dict:
     "jax": jax.__version__,
     "backend": jax.default_backend(),
     "counts": {verdict: counts[verdict] for verdict in _VERDICTS},
-    "demos": [
-      {"name": demo.name, "plots": plots, "claims": [_record(row) for row in rows]} for demo, rows, plots in sections
-    ],
+    "demos": list(records),
   }
 
 

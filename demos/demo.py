@@ -20,7 +20,9 @@ from mgr_jax.config import GPTConfig, nearest
 from mgr_jax.conformance import conformance_claims
 from mgr_jax.problems import Problem, UserError
 
-_FRONT_END = ("__main__", "demo")
+# Names under which frameworks are known elsewhere.
+ALIASES = {"knot-braid": "braid", "ifs-fractal": "fractal", "matrix-gauge": "gauge"}
+_FRONT_END = ("__main__", "demo", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,16 @@ def _files() -> set[str]:
 
 
 def get(name: str) -> Demo:
-  """The demo of that name, with the claims, papers and options of the mechanism of that name.
+  """The demo of that name, or of that alias, with the claims, papers and options of the mechanism of that name.
 
   Raises:
     UserError: no such demo; names the nearest.
   """
+  name = ALIASES.get(name, name)
   if name not in names():
-    raise UserError(Problem(f"no demo named {name!r}", f"{nearest(name, names())}python -m demos list shows all"))
+    raise UserError(
+      Problem(f"no demo named {name!r}", f"{nearest(name, (*names(), *ALIASES))}python -m demos list shows all")
+    )
   record = REGISTRY.get(name)
   if name in _files():
     demo = importlib.import_module(f"demos.{name}").DEMO

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from demos import __main__ as front_end
 from demos import braid as braid_demo
 from demos import demo as demo_lib
+from demos import parallel
 from demos.demo import Demo
 from mgr_jax.algebra import braid
 from mgr_jax.algebra.braid_claims import CLAIMS
@@ -207,9 +209,38 @@ class TestMistakes:
 
 
 class TestCollection:
+  def test_demos_in_processes_of_their_own(self, demos, capsys, monkeypatch, tmp_path):
+    """Texts come whole and in order, records are joined, and a process that dies is no success."""
+    demos["second"] = dataclasses.replace(demos["planted"], name="second")
+
+    def child(words, **settings):
+      assert settings["check"] is False
+      name, report = words[4], next(w for w in words if w.startswith("--export_json=")).partition("=")[2]
+      if name != "dies":
+        claim = {"claim": f"{name}.law", "verdict": "holds"}
+        pathlib.Path(report).write_text(json.dumps({"demos": [{"name": name, "plots": [], "claims": [claim]}]}))
+      return subprocess.CompletedProcess(words, 0, f"story of {name}\n1 holds in 0 s\nwrote {report}\n")
+
+    monkeypatch.setattr(parallel.subprocess, "run", child)
+    assert program("run-all", "--jobs=2", f"--export_json={tmp_path / 'all.json'}") == 0
+    out = capsys.readouterr().out
+    assert out.index("story of planted") < out.index("story of second")
+    assert out.count("holds in") == 1 and "2 holds in" in out
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert [d["name"] for d in written["demos"]] == ["planted", "second"] and written["counts"]["holds"] == 2
+    demos["dies"] = dataclasses.replace(demos["planted"], name="dies")
+    assert program("run-all", "--jobs=2") == 1
+    assert "died: dies" in capsys.readouterr().out
+
+  def test_other_names_of_the_frameworks(self, capsys):
+    assert program("info", "knot-braid") == 0
+    assert capsys.readouterr().out.startswith("braid: ")
+    assert program("info", "knot-brad") == 2
+    assert "did you mean knot-braid?" in capsys.readouterr().err
+
   def test_every_mechanism_has_a_demo(self, capsys):
     assert program("list") == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert listed == sorted({*attention_names(), "braid"} | set(listed))
 
   def test_info_runs_nothing(self, demos, capsys):
