@@ -22,7 +22,7 @@ from mgr_jax.problems import Problem, UserError
 
 # Names under which frameworks are known elsewhere.
 ALIASES = {"knot-braid": "braid", "ifs-fractal": "fractal", "matrix-gauge": "gauge"}
-_FRONT_END = ("__main__", "demo", "parallel")
+_FRONT_END = ("__main__", "demo", "figures", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)

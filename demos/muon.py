@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from demos.demo import Demo
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
 from mgr_jax.optim.muon import scale_by_muon
 from mgr_jax.optim.muon_claims import CLAIMS, PAPERS, haar
 from mgr_jax.optim.muon_layout import shape_factor
@@ -28,8 +29,6 @@ OPTIMIZERS = {
   "Adam": optax.scale_by_adam(0.9, 0.95),
   "Muon": scale_by_muon(LAYER, momentum_warmup=0),
 }
-# Okabe and Ito: told apart with every common form of colour blindness.
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLOURS = {"SGD": ORANGE, "Adam": PINK, "Muon": BLUE, "gradient": ORANGE, "ns5": GREEN, "polar_express": BLUE}
 COLOURS["svd"] = "0.3"
 
@@ -197,16 +196,6 @@ Cost. Five iterations on 8 matrices [128, 512] take {ms["polar_express"]:.0f} ms
 """
 
 
-def _styled(ax, title: str, xlabel: str, ylabel: str, legend="best") -> None:
-  ax.set(xlabel=xlabel, ylabel=ylabel)
-  ax.set_title(title, fontsize=13)
-  ax.spines[["top", "right"]].set_visible(False)
-  ax.tick_params(labelsize=12)
-  ax.xaxis.label.set_size(13)
-  ax.yaxis.label.set_size(13)
-  ax.legend(frameon=False, fontsize=11, loc=legend)
-
-
 def singular_values(key: jax.Array):
   """Where singular values end, and the spectrum of a Gaussian matrix before and after."""
   from matplotlib.figure import Figure
@@ -219,11 +208,11 @@ def singular_values(key: jax.Array):
     left.semilogx(s, scalar_map(ns, 5, s), color=COLOURS[ns], lw=2, label=ns)
   left.axhline(1, color=COLOURS["svd"], lw=1, ls="--", label="polar factor")
   left.axvline(1e-3, color="0.6", lw=1, ls=":")
-  _styled(left, "where a singular value ends", r"singular value over $|M|_F$", "after 5 steps", "lower right")
+  styled(left, "where a singular value ends", r"singular value over $|M|_F$", "after 5 steps", "lower right")
   for name, values in spectra(key).items():
     style = "--" if name == "svd" else "-"
     right.plot(np.arange(1, len(values) + 1), values, style, color=COLOURS[name], lw=2, label=name)
-  _styled(right, f"Gaussian matrix, {2 * M} by {2 * M}", "number of the singular value", "singular value")
+  styled(right, f"Gaussian matrix, {2 * M} by {2 * M}", "number of the singular value", "singular value")
   return figure
 
 
@@ -236,12 +225,12 @@ def steps(key: jax.Array):
   for (name, share), marker in zip(signal_share(key).items(), "^osD", strict=True):
     left.semilogx(NOISE, share, color=COLOURS[name], marker=marker, ms=6, lw=2, label=name)
   left.axhline(RANK / M, color="0.6", lw=1, ls=":")
-  _styled(left, f"signal of rank {RANK} in noise", "noise over signal", "share of the squared step", (0.585, 0.2))
+  styled(left, f"signal of rank {RANK} in noise", "noise over signal", "share of the squared step", (0.585, 0.2))
   for results, style in zip(races(key).values(), (":", "-"), strict=True):
     for name, (_, curve) in results.items():
       label = name if style == "-" else None
       right.semilogy(np.arange(1, STEPS + 1), curve, style, color=COLOURS[name], lw=2, label=label)
-  _styled(right, "one layer; dotted: along the axes", "step", "loss over the first loss")
+  styled(right, "one layer; dotted: along the axes", "step", "loss over the first loss")
   return figure
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from demos.demo import Demo
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
 from mgr_jax.algebra import hyperreal_claims
 from mgr_jax.algebra import hyperreal_functions as functions
 from mgr_jax.algebra.hyperreal import LC, coefficient, eps, omega, replaced, sqrt, st
@@ -24,8 +25,6 @@ CHAINS = 2000
 DIM, RANKS, TIMES = 1000, 72, (10.0, 100.0, 1000.0)
 RANK, REACH = 8, np.logspace(0, 5, 81)
 BUDGET, SEEDS = 600, 5  # gradient equivalents of the small network, and repetitions
-# Okabe and Ito: told apart with every common form of colour blindness.
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 def rng_of(key: jax.Array) -> np.random.Generator:
@@ -321,16 +320,6 @@ grids of seven step sizes, AdamW's rate over 3 decades and falling to 0, HOSS's 
 """
 
 
-def _styled(ax, title: str, xlabel: str, ylabel: str) -> None:
-  ax.set(xlabel=xlabel, ylabel=ylabel)
-  ax.set_title(title, fontsize=13)
-  ax.spines[["top", "right"]].set_visible(False)
-  ax.tick_params(labelsize=12)
-  ax.xaxis.label.set_size(13)
-  ax.yaxis.label.set_size(13)
-  ax.legend(frameon=False, fontsize=11)
-
-
 def infinitesimals(key: jax.Array):
   """The standard part with finite numbers of steps around it, and their error against the first infinitesimal term."""
   del key
@@ -345,7 +334,7 @@ def infinitesimals(key: jax.Array):
     with jax.enable_x64(True):
       two = np.asarray(replaced(infinitely_many_steps(jnp.asarray(z)), 1 / m, 2))
     left.plot(z, two, color=colour, lw=1.5, ls="--", label=f"two terms, ε = 1/{m}")
-  _styled(left, "what is left of a mode", "z = δλ", "factor")
+  styled(left, "what is left of a mode", "z = δλ", "factor")
   m = np.logspace(0.6, 4, 15).round()
   for z, colour, marker in ((0.1, GREEN, "o"), (0.4, BLUE, "s"), (2.0, PINK, "^")):
     with jax.enable_x64(True):
@@ -354,7 +343,7 @@ def infinitesimals(key: jax.Array):
     right.loglog(m, first / m, color=colour, lw=1.5)
   right.plot([], [], color="0.4", lw=1.5, label="first infinitesimal term")
   right.set_ylim(2e-7, 30)
-  _styled(right, "error of m steps", "steps m", "distance from the flow")
+  styled(right, "error of m steps", "steps m", "distance from the flow")
   return figure
 
 
@@ -370,7 +359,7 @@ def ranks(key: jax.Array):
       ax.axvline(1.7 * np.sqrt(time), color=colour, lw=1.2, ls=":")
     ax.axhline(0.01, color="0.5", lw=1, ls="--")
     ax.plot([], [], color="0.4", lw=1.2, ls=":", label=r"$1.7\sqrt{\delta l_{\max}}$")
-    _styled(ax, f"spectrum: {name}", "rank r", "relative error")
+    styled(ax, f"spectrum: {name}", "rank r", "relative error")
     ax.set(ylim=(1e-10, 3), xlim=(0, RANKS))
   figure.axes[0].get_legend().remove()  # it would cover the curves, and both panels share it
   return figure
@@ -397,7 +386,7 @@ def stiff(key: jax.Array):
       ax.loglog(
         spent, loss, color=colour, lw=2, marker=marker, ms=6, markevery=marked, label=f"HOSS, δ = {delta:g}, rank 2"
       )
-  _styled(ax, r"$F = (10^6x^2 + y^2)/2$ from $(1, 1)$", "gradient equivalents", "loss F")
+  styled(ax, r"$F = (10^6x^2 + y^2)/2$ from $(1, 1)$", "gradient equivalents", "loss F")
   ax.set(ylim=(1e-12, 1e20))
   return figure
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from demos.demo import Demo
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
 from mgr_jax.algebra import ordinal_claims, ordinal_descent_claims
 from mgr_jax.algebra.ordinal import OMEGA, Ord, natural_sum
 from mgr_jax.algebra.ordinal_descent import hardy, largest_below
@@ -21,9 +22,6 @@ from mgr_jax.schedules import ordinal_claims as schedule_claims
 from mgr_jax.schedules.base import ANNEAL, EVENT_NAMES, EXHAUSTED, NO_EVENT, RESTART
 from mgr_jax.schedules.ordinal_machine import OrdinalConfig, limit_events, n_drops, ordinal_init, ordinal_step
 from train.races import regime
-
-# Okabe and Ito: told apart with every common form of colour blindness.
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 HYDRA = (((), ()),)
 CONFIG = OrdinalConfig(A0=2, B0=3, P0=20, clip_loss=6.0, rise_z=6.0, rise_count=5)
@@ -284,15 +282,6 @@ arm at its best rate. A blind twin is the same machine that sees no loss. Best o
 """
 
 
-def _styled(ax, title: str, xlabel: str, ylabel: str) -> None:
-  ax.set(xlabel=xlabel, ylabel=ylabel)
-  ax.set_title(title, fontsize=13)
-  ax.spines[["top", "right"]].set_visible(False)
-  ax.tick_params(labelsize=11)
-  ax.xaxis.label.set_size(12)
-  ax.yaxis.label.set_size(12)
-
-
 def goodstein_from_four(key: jax.Array):
   """A sequence of integers that rises, and the coefficients of its descending shadow."""
   del key
@@ -303,14 +292,14 @@ def goodstein_from_four(key: jax.Array):
   figure = Figure(figsize=(9, 3.6), layout="constrained")
   left, right = figure.subplots(1, 2)
   left.semilogy(base, [s.value for s in steps], color=BLUE, lw=2)
-  _styled(left, "the integers rise ...", "base", "value")
+  styled(left, "the integers rise ...", "base", "value", legend=None, size=12)
   names = ("of ω²", "of ω", "of 1")
   for name, rank, colour, style in zip(names, ranks.T, (ORANGE, GREEN, BLUE), ("-", "--", "-"), strict=True):
     right.step(base, rank, where="post", color=colour, ls=style, lw=2, label=name)
   right.set_yscale("symlog", linthresh=4)
   right.set_yticks([0, 1, 2, 4, 10, 30, 100], ["0", "1", "2", "4", "10", "30", "100"])
   right.legend(frameon=False, fontsize=11, handlelength=1.2, loc="upper left")
-  _styled(right, "... and their shadow descends", "base", "coefficient")
+  styled(right, "... and their shadow descends", "base", "coefficient", legend=None, size=12)
   return figure
 
 
@@ -324,14 +313,14 @@ def schedule(key: jax.Array):
   panels[0].semilogy(t, p.loss, color="0.75", lw=0.7, label="loss")
   panels[0].semilogy(t, p.ema, color=BLUE, lw=1.8, label="running mean")
   panels[0].semilogy(t, np.where(np.isfinite(p.best), p.best, np.nan), color=ORANGE, lw=1.8, label="best of the level")
-  _styled(panels[0], f"the target jumps at step {JUMP}", "", "loss")
+  styled(panels[0], f"the target jumps at step {JUMP}", "", "loss", legend=None, size=12)
   panels[1].step(t, p.multiplier, where="post", color=GREEN, lw=2)
   panels[1].set_yscale("log", base=2)
-  _styled(panels[1], "", "", "multiplier\nof the rate")
+  styled(panels[1], "", "", "multiplier\nof the rate", legend=None, size=12)
   for a, colour, hatch in zip(range(CONFIG.A0, -1, -1), (PINK, BLUE, ORANGE), ("//", "..", "\\\\"), strict=True):
     there = np.where(p.rank[:, 0] == a, p.rank[:, 2], np.nan)
     panels[2].fill_between(t, there, step="post", facecolor=colour, alpha=0.5, hatch=hatch, lw=0, label=f"{a} left")
-  _styled(panels[2], "", "step", "patience left")
+  styled(panels[2], "", "step", "patience left", legend=None, size=12)
   panels[2].legend(frameon=False, fontsize=11, title="restarts", loc="upper right")
   for event, colour, style in ((ANNEAL, "0.6", ":"), (RESTART, "0.1", "-"), (EXHAUSTED, ORANGE, "--")):
     for ax, at in itertools.product(panels, np.flatnonzero(p.event == event)):
@@ -358,7 +347,7 @@ def excess_risk(key: jax.Array):
       ax.semilogy(
         np.linspace(0, RACE_STEPS, len(curve), endpoint=False), curve, color=colour, ls=style, lw=2, label=name
       )
-    _styled(ax, f"{machine}: medians of {RACE_STREAMS} streams", "sample", "excess risk |θ - θ*|²")
+    styled(ax, f"{machine}: medians of {RACE_STREAMS} streams", "sample", "excess risk |θ - θ*|²", legend=None, size=12)
     ax.label_outer()
     ax.legend(frameon=False, fontsize=10)
   axes[0].set_ylim(top=12)

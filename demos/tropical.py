@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from demos.demo import Demo
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
 from mgr_jax.algebra import tropical
 from mgr_jax.attention import tropical_cases as cases
 from mgr_jax.attention.tropical_margins import winners_and_margins
@@ -20,8 +21,6 @@ DECOYS = 8 ** np.arange(1, 5)
 GAP, SPREAD = 4.0, 2.0
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 LENGTHS = {"scan": (512, 1024, 2048, 4096), "tiles": (256, 512, 1024)}
-# Okabe and Ito: told apart with every common form of colour blindness.
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 def rng_of(key: jax.Array) -> np.random.Generator:
@@ -179,16 +178,6 @@ Routes. Every output is one sum that can be named:
 """
 
 
-def _styled(ax, title: str, xlabel: str, ylabel: str) -> None:
-  ax.set(xlabel=xlabel, ylabel=ylabel)
-  ax.set_title(title, fontsize=13)
-  ax.spines[["top", "right"]].set_visible(False)
-  ax.tick_params(labelsize=12)
-  ax.xaxis.label.set_size(13)
-  ax.yaxis.label.set_size(13)
-  ax.legend(frameon=False, fontsize=11)
-
-
 def capacity(key: jax.Array):
   """How many stored keys can be selected, and how a pivot fares among decoys."""
   from matplotlib.figure import Figure
@@ -201,14 +190,14 @@ def capacity(key: jax.Array):
   left.axvline(D, color="0.5", lw=1, ls="--")
   left.text(D * 1.08, 0.02, "n = D", fontsize=11, color="0.3")
   left.set_ylim(0, 1.08)
-  _styled(left, "keys that any query can select", "stored keys n", "share")
+  styled(left, "keys that any query can select", "stored keys n", "share")
   weight, returned = pivot(key)
   right.loglog(DECOYS, weight, color=ORANGE, marker="^", ms=6, lw=2, label="softmax weight")
   right.loglog(
     DECOYS, 1 / (1 + (DECOYS - 1) * np.exp(-GAP)), color="0.3", lw=1, ls="--", label=r"$1/(1+(n-1)e^{-\delta})$"
   )
   right.loglog(DECOYS, returned, color=BLUE, marker="o", ms=6, lw=2, label="max-plus, exact share")
-  _styled(right, f"one key leads by {GAP:g}", "keys n", "weight of the leading key")
+  styled(right, f"one key leads by {GAP:g}", "keys n", "weight of the leading key")
   return figure
 
 
@@ -221,12 +210,12 @@ def smoothing(key: jax.Array):
   gap, bound = homotopy(key)
   left.loglog(BETAS, gap, color=BLUE, marker="o", ms=6, lw=2, label="largest gap")
   left.loglog(BETAS, bound, color="0.3", lw=1, ls="--", label=r"$(\log D+\log T)/\beta$")
-  _styled(left, "finite β above the maximum", "β", "distance")
+  styled(left, "finite β above the maximum", "β", "distance")
   margin, _ = margins(key)
   right.hist(margin, bins=60, color=BLUE, label="outputs")
   for beta, colour in ((2.0, ORANGE), (8.0, PINK)):
     right.axvline(np.log(D) / beta, color=colour, lw=2, ls="--", label=rf"$\log D/\beta$ at $\beta={beta:g}$")
-  _styled(right, "margins: what is certified lies right of a line", "γ", "outputs")
+  styled(right, "margins: what is certified lies right of a line", "γ", "outputs")
   return figure
 
 

@@ -1,6 +1,7 @@
 """Options that change during training: their courses, the values in the training state, and configurations without."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -231,3 +232,34 @@ def test_values_survive_an_interruption_bitwise(settings):
   assert second.status == "finished"
   assert records(second) == records(whole)
   assert json.loads((second.directory / "summary.json").read_text())["status"] == "finished"
+
+
+def test_an_ordinal_run_logs_what_it_does(settings, capsys):
+  """The rate that is logged is the one that updates see: it falls when the schedule says so and comes back."""
+  ordinal = {"schedule": "ordinal", "ord_patience": 1, "ord_levels": 1, "ord_restarts": 1, "lr_warmup_steps": 0}
+  ordinal |= {"attention": "toy(beta=ordinal:1:64)", "optimizer": "muon", "optimizer_stats": True, "lr_scale": 1e-6}
+  quiet = {"ckpt_every": 0, "probe_every": 0, "progress": "plain", "run_id": "ordinal"}
+  # Hardly moving parameters never improve on their first loss.
+  still = dataclasses.replace(settings, **ordinal, **quiet)
+  result = run(still)
+  rows = [r for r in read_records(result.directory / "metrics.jsonl") if "loss" in r]
+  rates = [r["lr"] for r in rows]
+  events = {e["step"]: e["what"] for e in result.summary["results"]["schedule_events"]}
+  anneal, restart = (next(step for step, what in events.items() if what == name) for name in ("anneal", "restart"))
+  assert rates[anneal - 1] == pytest.approx(0.5 * rates[anneal - 2])
+  assert rates[restart - 1] == pytest.approx(rates[0]) == pytest.approx(0.02 * 1e-6, rel=1e-6)
+  assert [r["ord/a"] for r in rows] == sorted((r["ord/a"] for r in rows), reverse=True)
+  # The live value doubles at limit events, from the next step on.
+  beta = [r["toy.beta:ordinal:1.0:64.0:0.0"] for r in rows]
+  assert [after / before for before, after in itertools.pairwise(beta)].count(2.0) == sum(
+    what in ("anneal", "restart") for step, what in events.items() if step < len(rows)
+  )
+  assert rows[-1]["ord/done"] == ("exhausted" in events.values())
+  # Behind a zero head hidden matrices have no gradient at first.
+  assert rows[0]["update_norm/matrix"] == 0
+  assert all(r["update_norm/matrix"] > 0 and abs(r["cosine/matrix"]) < 1.001 for r in rows[2:])
+  assert f"| {anneal} | anneal |" in (result.directory / "run.md").read_text()
+  patient = dataclasses.replace(still, ord_patience=50, run_id="patient")
+  run(patient)
+  said = capsys.readouterr().out
+  assert "the ordinal schedule changed nothing: --ord_patience=50\n    fix: --ord_patience=" in said

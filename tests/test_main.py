@@ -360,30 +360,6 @@ def test_all_mistakes_are_reported_together(settings, capsys):
     assert part in err
 
 
-def test_an_ordinal_run_logs_what_it_does(settings, capsys):
-  """The rate that is logged is the one that updates see: it falls when the schedule says so and comes back."""
-  ordinal = {"schedule": "ordinal", "ord_patience": 1, "ord_levels": 1, "ord_restarts": 1, "lr_warmup_steps": 0}
-  # Hardly moving parameters never improve on their first loss.
-  still = dataclasses.replace(settings, optimizer="muon", optimizer_stats=True, lr_scale=1e-6, max_steps=20, **ordinal)
-  result = loop.run(still)
-  rows = [r for r in records(still) if "loss" in r]
-  rates = [r["lr"] for r in rows]
-  events = {e["step"]: e["what"] for e in result.summary["results"]["schedule_events"]}
-  anneal, restart = (next(step for step, what in events.items() if what == name) for name in ("anneal", "restart"))
-  assert rates[anneal - 1] == pytest.approx(0.5 * rates[anneal - 2])
-  assert rates[restart - 1] == pytest.approx(rates[0]) == pytest.approx(0.02 * 1e-6, rel=1e-6)
-  assert [r["ord/a"] for r in rows] == sorted((r["ord/a"] for r in rows), reverse=True)
-  assert rows[-1]["ord/done"] == ("exhausted" in events.values())
-  # Behind a zero head hidden matrices have no gradient at first.
-  assert rows[0]["update_norm/matrix"] == 0
-  assert all(r["update_norm/matrix"] > 0 and abs(r["cosine/matrix"]) < 1.001 for r in rows[2:])
-  assert f"| {anneal} | anneal |" in (Path(still.workdir) / "a" / "run.md").read_text()
-  patient = dataclasses.replace(still, ord_patience=50, run_id="b")
-  loop.run(patient)
-  said = capsys.readouterr().out
-  assert "the ordinal schedule changed nothing: --ord_patience=50\n    fix: --ord_patience=" in said
-
-
 def test_an_unwritable_workdir(settings, monkeypatch):
   assert not setting_problems(settings)
   monkeypatch.setattr(os, "access", lambda path, mode: False)

@@ -20,7 +20,7 @@ from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from train.flags import Settings, arguments_of, setting_problems
 from train.samples import prompt_problems
-from train.step import init_key, make_train_step, optimizer_flops
+from train.step import gradient_flops, init_key, make_train_step, optimizer_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Plan:
 
   @property
   def flops_per_token(self) -> float:
-    """Forward once, backward twice, and forward once more when layers are recomputed."""
-    return gpt.cost(self.cfg).flops * (4 if self.cfg.remat == "full" else 3)
+    """FLOPs of the gradient."""
+    return gradient_flops(self.cfg, 1) / self.cfg.seq_len
 
   @property
   def optimizer_flops(self) -> float:

@@ -86,7 +86,7 @@ def problems(cfg: GPTConfig, schedule: str) -> list[Problem]:
   found = []
   if schedule != "ordinal" and any(course.kind == "ordinal" for course in courses(cfg).values()):
     what = f"--attention={cfg.attention!r} follows the ordinal schedule, but --schedule={schedule}"
-    found.append(Problem(what, "use linear:B0:B1 or exp:B0:B1 instead of ordinal:B0:BMAX"))
+    found.append(Problem(what, "add --schedule=ordinal, or use linear:B0:B1 or exp:B0:B1 instead of ordinal:B0:BMAX"))
   if len(stack.runs(frozen(cfg, dict.fromkeys(courses(cfg), 1.0)))) != len(stack.runs(cfg)):
     what = f"--attention={cfg.attention!r}: neighbouring layers differ only in the course of an annealed option"
     found.append(Problem(what, "give neighbouring layers of one mechanism the same course"))
