@@ -2,8 +2,8 @@
 
   python -m demos list                  what there is
   python -m demos info NAME             claims, options, papers; runs nothing
-  python -m demos run NAME              story, claims, plots
-  python -m demos run-all --jobs=2      the same for every demo, two at a time
+  python -m demos run NAME              story, claims, plots with --plots=DIR
+  python -m demos run-all               the same for every demo, one per core at a time; plots in artifacts/demos
   python -m demos check [NAME ...]      claims only, one line each
 
 Exit code 0 when every claim holds and every negative control is caught, 1 otherwise, 2 for a mistake in the command.
@@ -28,7 +28,7 @@ from absl import flags
 
 from demos import demo as demo_lib
 from demos import parallel
-from mgr_jax.claims import Claim, ClaimResult, run_claims
+from mgr_jax.claims import Claim, ClaimResult, number_text, run_claims
 from mgr_jax.config import nearest
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem, UserError
@@ -38,16 +38,29 @@ from train.quick_compile import compile_quickly
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("seed", 0, "Seed of every sampled case.", flag_values=FLAGS)
 flags.DEFINE_integer("scale", 1, "Multiplies the number of sampled cases.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_string("plots", None, "Write the plots into this folder, as png and pdf.", flag_values=FLAGS)
+flags.DEFINE_boolean("x64", False, "Compute in double precision where a claim does not choose.", flag_values=FLAGS)
+flags.DEFINE_string(
+  "plots",
+  None,
+  "Write the plots into this folder, as png and pdf; empty for none. run-all has artifacts/demos.",
+  flag_values=FLAGS,
+)
 flags.DEFINE_string("export_json", None, "Write the results to this file.", flag_values=FLAGS)
 flags.DEFINE_alias("json", "export_json", flag_values=FLAGS)
-flags.DEFINE_integer("jobs", 1, "Demos at once, each in a process of its own.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+  "jobs",
+  0,
+  "Demos at once, each in a process of its own; 0 = one per core, at most 4, and 1 on an accelerator.",
+  lower_bound=0,
+  flag_values=FLAGS,
+)
 flags.DEFINE_boolean(
   "fast_compile", True, "Compile without back-end optimisation; stories then time such programs.", flag_values=FLAGS
 )
 flags.DEFINE_boolean("verbose", False, "Also print each claim's statement, seconds and papers.", flag_values=FLAGS)
 
-_RUNS = ("seed", "scale", "export_json", "json", "verbose", "fast_compile")
+_PLOTS = "artifacts/demos"  # of run-all
+_RUNS = ("seed", "scale", "x64", "export_json", "json", "verbose", "fast_compile")
 _COMMANDS = {
   "list": (),
   "info": (),
@@ -102,11 +115,15 @@ def main(argv: list[str]) -> int:
     return _list(demos)
   if command == "info":
     return _info(demos[0])
-  plots, report = _destinations(demos)
+  plots, report = _destinations(command, demos)
   started = time.perf_counter()
   quick = FLAGS.fast_compile and compile_quickly()
-  if FLAGS.jobs > 1 and len(demos) > 1:
-    records = _run_in_parallel(command, demos)
+  jax.config.update("jax_enable_x64", FLAGS.x64 or jax.config.jax_enable_x64)
+  inside = {part for demo in demos for part in demo_lib.INSIDE.get(demo.name, ())}
+  told = [demo for demo in demos if demo.name not in inside]
+  jobs = min(len(told), FLAGS.jobs or parallel.default_jobs())
+  if jobs > 1:
+    records = _run_in_parallel(command, told, plots, jobs)
   else:
     width = max([len(claim.name) for demo in demos for claim in demo.claims], default=0)
     sections = [_run(demo, width, quiet=command == "check", plots=plots) for demo in demos]
@@ -127,14 +144,14 @@ def main(argv: list[str]) -> int:
   return 1 if died or sum(counts.values()) > counts["holds"] else 0
 
 
-def _run_in_parallel(command: str, demos: Sequence[demo_lib.Demo]) -> list[dict]:
-  """Prints every demo as its process ends, in order; returns their records."""
+def _run_in_parallel(command: str, demos: Sequence[demo_lib.Demo], plots: pathlib.Path | None, jobs: int) -> list[dict]:
+  """Prints every demo as its process ends, in order; returns their records, and those of demos inside of them."""
   switch = lambda name: f"--{name}={str(FLAGS[name].value).lower()}"
-  common = [f"--seed={FLAGS.seed}", f"--scale={FLAGS.scale}", switch("verbose"), switch("fast_compile")]
-  plotting = lambda demo: [f"--plots={FLAGS.plots}"] if FLAGS.plots is not None and demo.plots else []
+  common = [f"--seed={FLAGS.seed}", f"--scale={FLAGS.scale}", *map(switch, ("x64", "verbose", "fast_compile"))]
+  plotting = lambda demo: [f"--plots={plots}"] if plots is not None and demo.plots else []
   wanted = [(demo.name, [*common, *plotting(demo)]) for demo in demos]
   records = []
-  results = parallel.run("check" if command == "check" else "run", wanted, FLAGS.jobs)
+  results = parallel.run("check" if command == "check" else "run", wanted, jobs)
   for demo, (text, found) in zip(demos, results, strict=True):
     print(text, flush=True)
     records += found["demos"] if found else [{"name": demo.name, "plots": [], "claims": [], "died": True}]
@@ -157,12 +174,11 @@ def _parse(words: Sequence[str]) -> tuple[str, list[demo_lib.Demo]]:
     problems.append(Problem(f"{command} takes one name, got {len(wanted)}", f"python -m demos {command} braid"))
   if command in ("list", "run-all") and wanted:
     problems.append(Problem(f"{command} takes no name, got {' '.join(wanted)}", f"python -m demos {command}"))
-  demos = []
-  for name in (
-    dict.fromkeys(demo_lib.ALIASES.get(w, w) for w in wanted)
-    if command in ("info", "run", "check") and wanted
-    else demo_lib.names()
-  ):
+  demos, names = [], wanted if command in ("info", "run", "check") and wanted else demo_lib.names()
+  names = [demo_lib.ALIASES.get(name, name) for name in names]
+  if command not in ("list", "info"):
+    names = [part for name in names for part in (*demo_lib.INSIDE.get(name, ()), name)]
+  for name in dict.fromkeys(names):
     try:
       demos.append(demo_lib.get(name))
     except UserError as e:
@@ -176,18 +192,23 @@ def _users(flag: str) -> str:
   return " or ".join(command for command, accepted in _COMMANDS.items() if flag in accepted)
 
 
-def _destinations(demos: Sequence[demo_lib.Demo]) -> tuple[pathlib.Path | None, pathlib.Path | None]:
-  """Where plots and results go, checked before anything runs."""
+def _destinations(command: str, demos: Sequence[demo_lib.Demo]) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+  """Where plots and results go, checked before anything runs; run-all draws unless it cannot or is told not to."""
   problems, plots, report = [], None, None
-  if FLAGS.plots is not None:
+  draws = importlib.util.find_spec("matplotlib") is not None
+  if FLAGS.plots:
     plots = pathlib.Path(FLAGS.plots)
-    if importlib.util.find_spec("matplotlib") is None:
+    if not draws:
       problems.append(Problem("--plots needs matplotlib, which is not installed", "pip install -e '.[plot]'"))
     if not any(demo.plots for demo in demos):
       who = ", ".join(demo.name for demo in demos)
       problems.append(Problem(f"--plots has no effect: {who} draws none", "leave it out"))
-    if not problems and not _makes_folder(plots):
-      problems.append(Problem(f"--plots={plots} cannot be made a folder", "--plots=plots"))
+  elif command == "run-all" and FLAGS.plots is None and any(demo.plots for demo in demos):
+    plots = pathlib.Path(_PLOTS) if draws else None
+    if not draws:
+      print("no plots: they need matplotlib, pip install -e '.[plot]'")
+  if plots is not None and not problems and not _makes_folder(plots):
+    problems.append(Problem(f"--plots={plots} cannot be made a folder", "--plots=plots"))
   if FLAGS.export_json is not None:
     report = pathlib.Path(FLAGS.export_json)
     if report.is_dir() or not _makes_folder(report.parent):
@@ -223,10 +244,14 @@ def _info(demo: demo_lib.Demo) -> int:
     print("\n" + textwrap.indent(inspect.getdoc(demo.options) or "", "  "))
   print("\nclaims" if demo.claims else "\nno claims")
   for claim in demo.claims:
-    print(f"  {claim.name}  (tolerance {_number(claim.tolerance)})")
+    print(f"  {claim.name}  (tolerance {number_text(claim.tolerance)})")
     print(_wrapped(claim.statement, "      "))
   _paragraph("plots", ", ".join(plot.__name__ for plot in demo.plots))
   _paragraph("papers", "; ".join(demo.refs))
+  if demo.not_shown:
+    print("\nnot shown")
+    for what, why in demo.not_shown:
+      print(_wrapped(f"{what}: {why}", "  ", "      "))
   return 0
 
 
@@ -264,7 +289,7 @@ def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | Non
 
 def _print_row(row: Row, claim: Claim, width: int) -> None:
   result = row.result
-  numbers = f"{_number(result.residual):>9}  {_number(result.tolerance):>9}"
+  numbers = f"{number_text(result.residual):>9}  {number_text(result.tolerance):>9}"
   verdict = _painted(f"{row.verdict:<8}", row.verdict)
   control = _painted(row.control, "holds" if row.control == "caught" else "violated")
   print(f"{result.name:<{width}}  {numbers}  {verdict}  {control}", flush=True)
@@ -301,12 +326,6 @@ def _record(row: Row) -> dict:
     "seconds": round(result.seconds, 3),
     "message": result.message,
   }
-
-
-def _number(x: float | None) -> str:
-  if x is None:
-    return "-"
-  return "0" if x == 0 else f"{x:.3g}" if 1e-3 <= abs(x) < 1e5 else f"{x:.1e}"
 
 
 def _paragraph(title: str, text: str) -> None:

@@ -1,6 +1,7 @@
 """Several demos at once, each in a process of its own; their output appears whole, in order."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,6 +9,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import jax
+
+
+def default_jobs() -> int:
+  """One per core, at most 4, which bounds memory to about 6 GB; 1 on an accelerator, which one process holds."""
+  return min(4, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
 
 
 def run(

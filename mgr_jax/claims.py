@@ -139,3 +139,28 @@ def _run(c: Claim, key: jax.Array, scale: int) -> ClaimResult:
     control_residual, caught = getattr(e, "residual", None), True
   seconds = time.perf_counter() - start
   return ClaimResult(c.name, c.statement, residual, c.tolerance, passed, caught, seconds, message, control_residual)
+
+
+def claims_table(results: Iterable[ClaimResult]) -> str:
+  """Aligned text: claim, measured, tolerance, verdict.
+
+  >>> law = claim("sum.commutes", "a + b = b + a", lambda k, n: 0.0, 1e-6, lambda k, n: 1.0)
+  >>> print(claims_table(run_claims([law], jax.random.key(0))))
+  claim         measured  tolerance  verdict
+  sum.commutes         0    1.0e-06  holds
+  """
+  rows = [(r.name, number_text(r.residual), number_text(r.tolerance), _verdict(r)) for r in results]
+  rows.insert(0, ("claim", "measured", "tolerance", "verdict"))
+  width = [max(len(row[i]) for row in rows) for i in range(3)]
+  return "\n".join(f"{n:<{width[0]}}  {m:>{width[1]}}  {t:>{width[2]}}  {v}" for n, m, t, v in rows)
+
+
+def _verdict(r: ClaimResult) -> str:
+  return "holds" if r.holds else r.message
+
+
+def number_text(x: float | None) -> str:
+  """Three digits, `-` for what was not measured."""
+  if x is None:
+    return "-"
+  return "0" if x == 0 else f"{x:.3g}" if 1e-3 <= abs(x) < 1e5 else f"{x:.1e}"

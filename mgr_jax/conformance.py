@@ -16,6 +16,7 @@ from mgr_jax.claims import Claim, claim, largest_difference, relative_difference
 from mgr_jax.config import GPTConfig, Item, parse_attention
 from mgr_jax.model import gpt, stack
 from mgr_jax.params import ParamSpec, fold_in_name
+from mgr_jax.problems import raise_if_any
 
 VOCAB = 97
 # Tokens of the claims that need no more than a few; several tiles of the fast implementations hold LONG.
@@ -337,3 +338,19 @@ def conformance_claims(cfg: GPTConfig, seq_len: int = LONG) -> tuple[Claim, ...]
       fast_equals_reference(small, broken=True),
     ),
   )
+
+
+def claims_of(attention: str) -> tuple[Claim, ...]:
+  """Everything that is claimed of an attention pattern: its mechanisms' own mathematics, then the conformance claims.
+
+  Each claim stands once. Raises `UserError` for what the grammar does not know.
+
+  >>> "standard.decode_parity" in [c.name for c in claims_of("standard")]
+  True
+  """
+  cfg = GPTConfig(vocab_size=128, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, attention=attention)
+  raise_if_any(model_problems(cfg))
+  contract = conformance_claims(cfg)
+  items = [part for item in parse_attention(attention) for part in (item, item.inner) if part]
+  own = [c for name in dict.fromkeys(item.name for item in items) for c in REGISTRY[name].claims]
+  return tuple({c.name: c for c in (*own, *contract)}.values())

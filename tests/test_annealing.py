@@ -18,11 +18,11 @@ from mgr_jax.flops import Cost
 from mgr_jax.model import annealing, gpt, stack
 from mgr_jax.optim import make_optimizer
 from mgr_jax.schedules import make_schedule
+from mgr_jax.step import init_train_state, make_train_step
 from train.flags import Settings
 from train.loop import run
 from train.metrics import read_records
 from train.runs import load_run
-from train.step import init_train_state, make_train_step
 
 STEPS = 20
 

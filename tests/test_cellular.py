@@ -14,11 +14,11 @@ from mgr_jax.model import gpt
 from mgr_jax.model.cellular_init import cellular_problems, cellular_specs
 from mgr_jax.params import init_params, leaf_names
 from mgr_jax.problems import UserError
+from mgr_jax.step import init_key
 from train import loop
 from train.flags import Settings, setting_problems
 from train.plan import make_plan
 from train.runs import load_run
-from train.step import init_key
 
 CFG = GPTConfig(vocab_size=64, seq_len=8, n_layer=2, n_head=4, n_kv_head=2, n_embd=128)
 # Rows of rule 30 below a single cell, read as binary numbers.

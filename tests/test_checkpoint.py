@@ -24,11 +24,11 @@ from mgr_jax.data import tokenizer as tokenizers
 from mgr_jax.model import gpt
 from mgr_jax.params import is_spec
 from mgr_jax.problems import UserError
+from mgr_jax.step import TrainState
 from train import flags
 from train.checkpoint import Checkpoints
 from train.identity import MAY_DIFFER, compare_meta, make_meta, tree_problems
 from train.runs import find_run, load_run
-from train.step import TrainState
 
 CFG = GPTConfig(vocab_size=265, seq_len=8, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
 FLAGS = {"n_layer": 2, "matrix_lr": 0.003, "max_steps": 100, "n_kv_head": 0, "doc_mask": False}

@@ -129,6 +129,7 @@ def test_the_package_offers_what_a_notebook_needs():
 
   assert mgr_jax.GPTConfig is GPTConfig
   assert "standard" in mgr_jax.attention_names()
-  assert set(mgr_jax.__all__) == {"GPTConfig", "attention_names", "generate"}
+  assert {"init", "forward", "loss", "fit", "windows", "generate", "claims_of", "run_claims"} <= set(mgr_jax.__all__)
+  assert all(callable(getattr(mgr_jax, name)) for name in mgr_jax.__all__)
   with pytest.raises(AttributeError, match="nothing"):
     _ = mgr_jax.nothing

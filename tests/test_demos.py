@@ -232,6 +232,43 @@ class TestCollection:
     assert program("run-all", "--jobs=2") == 1
     assert "died: dies" in capsys.readouterr().out
 
+  def test_a_demo_inside_another_is_told_first_and_runs_once(self, demos, capsys, monkeypatch):
+    demos["inner"] = dataclasses.replace(demos["planted"], name="inner")
+    demos["outer"] = dataclasses.replace(demos["planted"], name="outer")
+    monkeypatch.setattr(demo_lib, "INSIDE", {"outer": ("inner",)})
+    assert program("run", "outer") == 0
+    out = capsys.readouterr().out
+    assert out.index("inner: ") < out.index("outer: ") and "2 holds" in out
+    started = []
+
+    def child(words, **settings):
+      started.append(words[4])
+      return subprocess.CompletedProcess(words, 1, "no report")
+
+    monkeypatch.setattr(parallel.subprocess, "run", child)
+    assert program("run-all", "--jobs=2") == 1
+    assert sorted(started) == ["outer", "planted"]
+
+  def test_run_all_draws_without_being_asked(self, demos, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    demos["planted"] = dataclasses.replace(demos["planted"], plots=(braid_demo.closure,))
+    assert program("run-all", "--plots=") == 0
+    assert not (tmp_path / "artifacts").exists()
+    assert program("run-all") == 0
+    assert (tmp_path / "artifacts" / "demos" / "planted_closure.png").exists()
+
+  def test_double_precision(self, demos):
+    seen = []
+    law = dataclasses.replace(planted(), check=lambda key, scale: float(seen.append(jnp.ones(()).dtype) or 0))
+    with_claims(demos, law)
+    try:
+      assert program("check", "--x64") == 0
+    finally:
+      jax.config.update("jax_enable_x64", False)
+    assert program("check") == 0
+    assert seen == [jnp.float64, jnp.float32]
+
   def test_other_names_of_the_frameworks(self, capsys):
     assert program("info", "knot-braid") == 0
     assert capsys.readouterr().out.startswith("braid: ")

@@ -12,9 +12,9 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
 from mgr_jax.optim import OPTIMIZERS
 from mgr_jax.schedules import EXHAUSTED, NO_EVENT, RESTART, SCHEDULES
+from mgr_jax.step import init_train_state
 from train import flags, plan
 from train.checkpoint import Checkpoints
-from train.step import init_train_state
 
 SETTINGS = flags.Settings(
   attention="tropical(beta=linear:1:2)",

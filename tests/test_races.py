@@ -12,10 +12,10 @@ from mgr_jax.flops import matmul_flops
 from mgr_jax.model import gpt
 from mgr_jax.problems import UserError
 from mgr_jax.schedules import make_schedule
+from mgr_jax.step import init_train_state, make_train_step, optimizer_flops
 from train import bench, cli
 from train.experiments.verdict import INCONCLUSIVE, REFUTED, SUPPORTED
 from train.races import language, program, step_cost
-from train.step import init_train_state, make_train_step, optimizer_flops
 
 
 def race(**finals):

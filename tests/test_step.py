@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from mgr_jax import step as step_module
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
 from mgr_jax.optim import make_optimizer
 from mgr_jax.problems import UserError
 from mgr_jax.schedules import make_schedule
-from train import step as step_module
-from train.step import init_train_state, make_train_step, split_batch
+from mgr_jax.step import init_train_state, make_train_step, split_batch
 
 CFG = GPTConfig(vocab_size=64, seq_len=8, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
 OPTIMIZER = make_optimizer("adamw", gpt.specs(CFG), CFG, embed_lr=0.01)

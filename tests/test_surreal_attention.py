@@ -19,8 +19,8 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
 from mgr_jax.optim import make_optimizer
 from mgr_jax.params import init_params
+from mgr_jax.step import init_train_state, make_train_step
 from train.experiments import surreal_param
-from train.step import init_train_state, make_train_step
 
 CFG = GPTConfig(vocab_size=32, seq_len=16, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
 

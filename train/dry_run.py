@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mgr_jax.model import gpt
+from mgr_jax.step import init_train_state
 from train.console import compact, duration, table
 from train.plan import Plan, make_optimizer, make_schedule, make_step
-from train.step import init_train_state
 
 CPU_FLOPS_LIMIT = 1e12  # FLOPs of a step above which a CPU would not finish the timed ones within a minute or so
 TIMED_STEPS = 3

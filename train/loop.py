@@ -15,6 +15,7 @@ from mgr_jax.model import annealing, gpt
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem
 from mgr_jax.schedules import EVENT_NAMES, NO_EVENT
+from mgr_jax.step import init_train_state
 from train import dry_run, nonfinite, validate
 from train.artifacts import RunDirectory, new_run_id
 from train.certify import certify
@@ -27,7 +28,6 @@ from train.probe import probe
 from train.resume import Start, describe, find_start
 from train.samples import draw_samples
 from train.signals import StopSignals
-from train.step import init_train_state
 from train.summary import config_hash
 
 MAX_PENDING = 100  # steps whose batches and metrics wait for the next log line

@@ -18,9 +18,9 @@ from mgr_jax.model import annealing, gpt
 from mgr_jax.model.cellular_init import cellular_problems, cellular_specs
 from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
+from mgr_jax.step import gradient_flops, init_key, make_train_step, optimizer_flops
 from train.flags import Settings, arguments_of, setting_problems
 from train.samples import prompt_problems
-from train.step import gradient_flops, init_key, make_train_step, optimizer_flops
 
 
 @dataclasses.dataclass(frozen=True)

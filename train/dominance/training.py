@@ -15,10 +15,10 @@ from mgr_jax.data.tokenizer import Tokenizer
 from mgr_jax.model import gpt
 from mgr_jax.schedules import NO_EVENT, Schedule
 from mgr_jax.schedules.base import warmup_multiplier
+from mgr_jax.step import TrainState, init_train_state, make_train_step
 from train.dominance import documents as documents_lib
 from train.dominance.documents import Documents
 from train.dominance.systems import Recipe
-from train.step import TrainState, init_train_state, make_train_step
 
 ROWS = 16  # documents evaluated at once
 

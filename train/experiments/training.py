@@ -15,8 +15,8 @@ from mgr_jax.model import gpt
 from mgr_jax.optim import groups
 from mgr_jax.params import fold_in_name
 from mgr_jax.schedules import Schedule
+from mgr_jax.step import init_train_state, make_train_step
 from train.experiments.records import Arm, Experiment, Task
-from train.step import init_train_state, make_train_step
 
 CURVE_POINTS = 20
 EQUAL_PARAMETERS = 0.02

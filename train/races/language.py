@@ -24,10 +24,10 @@ from mgr_jax.data.corpus import load_corpus
 from mgr_jax.data.stream import train_iterator, validation_batches
 from mgr_jax.model import gpt
 from mgr_jax.problems import Problem, raise_if_any
+from mgr_jax.step import init_train_state, make_train_step
 from train import bench
 from train.experiments.training import scaled
 from train.experiments.verdict import INCONCLUSIVE, REFUTED, SUPPORTED, interval
-from train.step import init_train_state, make_train_step
 
 BASELINE = "adamw"
 TUNING_SEED = 1_000_003

@@ -15,8 +15,8 @@ import numpy as np
 from mgr_jax import optim, params, schedules
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
+from mgr_jax.step import gradient_flops, init_train_state, make_train_step, optimizer_flops
 from train import bench
-from train.step import gradient_flops, init_train_state, make_train_step, optimizer_flops
 
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
   "adamw": ("adamw", {}),
