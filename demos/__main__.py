@@ -54,13 +54,14 @@ flags.DEFINE_integer(
   lower_bound=0,
   flag_values=FLAGS,
 )
+flags.DEFINE_integer("name_width", 0, "Least width of the column of claims.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_boolean(
   "fast_compile", True, "Compile without back-end optimisation; stories then time such programs.", flag_values=FLAGS
 )
 flags.DEFINE_boolean("verbose", False, "Also print each claim's statement, seconds and papers.", flag_values=FLAGS)
 
 _PLOTS = "artifacts/demos"  # of run-all
-_RUNS = ("seed", "scale", "x64", "export_json", "json", "verbose", "fast_compile")
+_RUNS = ("seed", "scale", "x64", "export_json", "json", "verbose", "fast_compile", "name_width")
 _COMMANDS = {
   "list": (),
   "info": (),
@@ -82,12 +83,7 @@ class Row:
 
   @property
   def verdict(self) -> str:
-    """`vacuous`: the law passed, and so did its broken twin, so the check proves nothing."""
-    if self.crash:
-      return "error"
-    if self.result.holds:
-      return "holds"
-    return "vacuous" if self.result.passed else "violated"
+    return "error" if self.crash else self.result.verdict
 
   @property
   def control(self) -> str:
@@ -110,6 +106,7 @@ def run_claim(claim: Claim, key: jax.Array, scale: int) -> Row:
 
 
 def main(argv: list[str]) -> int:
+  quick = FLAGS.fast_compile and compile_quickly()  # before a demo is imported, lest one of them touches a device
   command, demos = _parse(argv[1:])
   if command == "list":
     return _list(demos)
@@ -117,7 +114,6 @@ def main(argv: list[str]) -> int:
     return _info(demos[0])
   plots, report = _destinations(command, demos)
   started = time.perf_counter()
-  quick = FLAGS.fast_compile and compile_quickly()
   jax.config.update("jax_enable_x64", FLAGS.x64 or jax.config.jax_enable_x64)
   inside = {part for demo in demos for part in demo_lib.INSIDE.get(demo.name, ())}
   told = [demo for demo in demos if demo.name not in inside]
@@ -125,19 +121,17 @@ def main(argv: list[str]) -> int:
   if jobs > 1:
     records = _run_in_parallel(command, told, plots, jobs)
   else:
-    width = max([len(claim.name) for demo in demos for claim in demo.claims], default=0)
-    sections = [_run(demo, width, quiet=command == "check", plots=plots) for demo in demos]
-    records = [
-      {"name": demo.name, "plots": written, "claims": [_record(row) for row in rows]}
-      for demo, rows, written in sections
-    ]
+    width = max(FLAGS.name_width, _name_width(demos))
+    records = [_run(demo, width, quiet=command == "check", plots=plots) for demo in demos]
   counts = Counter(claim["verdict"] for demo in records for claim in demo["claims"])
   died = [demo["name"] for demo in records if demo.get("died")]
+  if command == "run-all":
+    _summary(records)
   tally = ", ".join(f"{counts[v]} {_painted(v, v)}" for v in _VERDICTS if counts[v]) or "no claims"
   tally += f", {_painted('died', 'error')}: {', '.join(died)}" if died else ""
   print(f"{'' if command == 'check' else chr(10)}{tally} in {time.perf_counter() - started:.0f} s")
   if quick and command != "check":
-    print("times in the stories are of programs compiled without back-end optimisation; --nofast_compile optimises")
+    print("times in the stories are of programs without back-end optimisation; --nofast_compile optimises")
   if report is not None:
     report.write_text(json.dumps(_document(command, records, counts), indent=2, allow_nan=False) + "\n")
     print(f"wrote {report}")
@@ -147,15 +141,33 @@ def main(argv: list[str]) -> int:
 def _run_in_parallel(command: str, demos: Sequence[demo_lib.Demo], plots: pathlib.Path | None, jobs: int) -> list[dict]:
   """Prints every demo as its process ends, in order; returns their records, and those of demos inside of them."""
   switch = lambda name: f"--{name}={str(FLAGS[name].value).lower()}"
-  common = [f"--seed={FLAGS.seed}", f"--scale={FLAGS.scale}", *map(switch, ("x64", "verbose", "fast_compile"))]
+  common = [f"--{name}={FLAGS[name].value}" for name in ("seed", "scale")] + [
+    *map(switch, ("x64", "verbose", "fast_compile")),
+    f"--name_width={_name_width(demos) if command == 'check' else 0}",
+  ]
   plotting = lambda demo: [f"--plots={plots}"] if plots is not None and demo.plots else []
   wanted = [(demo.name, [*common, *plotting(demo)]) for demo in demos]
   records = []
   results = parallel.run("check" if command == "check" else "run", wanted, jobs)
   for demo, (text, found) in zip(demos, results, strict=True):
     print(text, flush=True)
-    records += found["demos"] if found else [{"name": demo.name, "plots": [], "claims": [], "died": True}]
+    records += found["demos"] if found else [{"name": demo.name, "seconds": 0, "plots": [], "claims": [], "died": True}]
   return records
+
+
+def _name_width(demos: Sequence[demo_lib.Demo]) -> int:
+  return max([len(claim.name) for demo in demos for claim in demo.claims], default=0)
+
+
+def _summary(records: Sequence[dict]) -> None:
+  """One line for each demo: claims that hold, plots, seconds."""
+  width = max((len(record["name"]) for record in records), default=0)
+  print()
+  for record in records:
+    held, all_of = sum(c["verdict"] == "holds" for c in record["claims"]), len(record["claims"])
+    verdict = _painted(f"{held:3d} of {all_of:3d} hold", "holds" if held == all_of else "violated")
+    pictures = f"{len(record['plots']) // 2} plot{'s' * (len(record['plots']) != 2)}"
+    print(f"{record['name']:<{width}}  {verdict}  {pictures:>7}  {record['seconds']:4.0f} s".rstrip())
 
 
 def _parse(words: Sequence[str]) -> tuple[str, list[demo_lib.Demo]]:
@@ -255,9 +267,9 @@ def _info(demo: demo_lib.Demo) -> int:
   return 0
 
 
-def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | None):
-  """Prints one demo as it runs, claim names padded to `width`; returns it with its rows and the plots written."""
-  key = jax.random.key(FLAGS.seed)
+def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | None) -> dict:
+  """Prints one demo as it runs, claim names padded to `width`; returns its record."""
+  key, started = jax.random.key(FLAGS.seed), time.perf_counter()
   if not quiet:
     title = _wrapped(f"{demo.name}: {demo.summary}", "")
     print(f"\n{_painted(demo.name, 'title')}{title.removeprefix(demo.name)}\n")
@@ -284,7 +296,8 @@ def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | Non
       figure.savefig(path, dpi=200)
       written.append(str(path))
     print(f"wrote {written[-2]} and .pdf")
-  return demo, rows, written
+  seconds = round(time.perf_counter() - started, 1)
+  return {"name": demo.name, "seconds": seconds, "plots": written, "claims": [_record(row) for row in rows]}
 
 
 def _print_row(row: Row, claim: Claim, width: int) -> None:

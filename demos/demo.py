@@ -24,7 +24,7 @@ from mgr_jax.problems import Problem, UserError
 ALIASES = {"knot-braid": "braid", "ifs-fractal": "fractal", "matrix-gauge": "gauge"}
 # Demos that are told before another one, as its first half.
 INSIDE = {"octonion": ("quaternion",)}
-_FRONT_END = ("__main__", "demo", "figures", "pages", "parallel")
+_FRONT_END = ("__main__", "braid_tasks", "demo", "figures", "pages", "parallel", "reversible_training")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Gauge attention: rotations that depend on content, what their order is worth, and what does not drift."""
 
-import functools
 import time
 
 import jax
@@ -10,34 +9,40 @@ import scipy.linalg
 import scipy.stats
 
 from demos.demo import Demo
-from mgr_jax.algebra import icosahedral, lie
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
+from mgr_jax.algebra import icosahedral
+from mgr_jax.algebra.hypercomplex_claims import generator
 from mgr_jax.algebra.lie_claims import CLAIMS
-from mgr_jax.algebra.lie_prefix import prefix_quaternions
-from mgr_jax.algebra.lie_prefix_claims import SCANS, misread_by_angles, read_by_rotations, serial_float64
-from mgr_jax.algebra.lie_prefix_claims import so4_products as products
+from mgr_jax.algebra.lie_exp_claims import exp_float64, skew_float64
+from mgr_jax.algebra.lie_prefix_claims import (
+  BLOCKS,
+  LENGTH,
+  SCANS,
+  misread_by_angles,
+  pair_products,
+  read_by_rotations,
+  serial_float64,
+  so4_products,
+)
 from mgr_jax.algebra.lie_series_claims import series_errors, slopes
 from mgr_jax.algebra.uniformization import fewest_terms
 from mgr_jax.algebra.uniformization_claims import truncation
 
-# Okabe and Ito: told apart with every common form of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^"
-LENGTH = 8192
+COLOURS, MARKERS = (BLUE, ORANGE, GREEN, PINK), "osD^"
+FACTORS = 8192
 STEPS = (0.2, 0.1, 0.05, 0.025)
-
-_skew = jax.jit(lie.skew, static_argnums=1)
-_exp_so4 = jax.jit(lie.exp_so4)
+LETTERS = (1, 4, 64, 4096)
 
 
-def _rng(key: jax.Array) -> np.random.Generator:
-  return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+def two_turns(degrees: float, plane: bool) -> float:
+  """Angle in degrees between turning first by U, then by V, and first by V, then by U.
 
-
-def two_turns(degrees: float) -> float:
-  """Angle in degrees between turning about x, then y, and turning about y, then x, by the same angle."""
-  about = lambda *axis: scipy.linalg.expm(np.asarray(_skew(np.radians(degrees) * np.array(axis, np.float32), 3)))
-  x, y = about(0, 0, -1), about(0, 1, 0)
-  return float(np.degrees(np.arccos(np.clip((np.trace((y @ x).T @ (x @ y)) - 1) / 2, -1, 1))))
+  U and V turn by that angle about two axes of space; in one `plane`, by it and by half of it.
+  """
+  axes = ((0, 0, -1), (0, 0, -0.5)) if plane else ((0, 0, -1), (0, 1, 0))
+  U, V = exp_float64(skew_float64(np.radians(degrees) * np.array(axes), 3))
+  # The distance of two rotations by the angle θ from each other is 2√2 sin ½θ; arccos of the trace would cancel.
+  return float(np.degrees(2 * np.arcsin(min(1.0, np.linalg.norm(V @ U - U @ V) / 8**0.5))))
 
 
 def covariance(rng: np.random.Generator, step: float, n: int = 12, b: int = 4) -> dict[str, float]:
@@ -47,8 +52,8 @@ def covariance(rng: np.random.Generator, step: float, n: int = 12, b: int = 4) -
   Generators and the steps of the walk have entries of size `step`.
   """
   q, k, v = rng.normal(size=(3, n, b))
-  A, moves = step * np.asarray(_skew(rng.normal(size=(2, n, 6)).astype(np.float32), b), np.float64)
-  S = serial_float64(scipy.linalg.expm(moves))
+  A, moves = step * skew_float64(rng.normal(size=(2, n, 6)), b)
+  S = serial_float64(exp_float64(moves))
   before = np.concatenate([np.eye(b)[None], S[:-1]])
   back = lambda M: np.swapaxes(M, -1, -2)
 
@@ -60,7 +65,7 @@ def covariance(rng: np.random.Generator, step: float, n: int = 12, b: int = 4) -
     out = np.einsum("tij,tj->ti", T, weights / weights.sum(1, keepdims=True) @ pulled[2])
     return np.where(np.isfinite(scores), scores, 0), out
 
-  U = scipy.linalg.expm(A)
+  U = exp_float64(A)
   scores, out = attend(U, q, k, v)
   moved = [np.einsum("tij,tj->ti", S, w) for w in (q, k, v)]
   rules = {
@@ -75,56 +80,51 @@ def covariance(rng: np.random.Generator, step: float, n: int = 12, b: int = 4) -
   return change
 
 
-@functools.cache
-def _long_product(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """(drift, distance from the double-precision product) at every step of one product, by three ways to compute it."""
-  a = (0.3 * np.random.default_rng(seed).normal(size=(LENGTH, 1, 6))).astype(np.float32)
-  with jax.enable_x64(True):
-    exact = serial_float64(np.asarray(_exp_so4(a.astype(np.float64))))
-  ways = {
-    "float32, corrected": products(a, "chunk:64"),
-    "float32": products(a, "chunk:64", False),
-    "bfloat16": products(a.astype(jnp.bfloat16), "chunk:64", False),
+def long_product(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """(drift, distance from the double-precision product), largest so far, of one product by three ways to compute it."""
+  a = (0.3 * rng.normal(size=(FACTORS, 1, 6))).astype(np.float32)
+  exact = serial_float64(exp_float64(skew_float64(a, 4)))
+  found = {
+    "float32, corrected": so4_products(a, "chunk:64"),
+    "float32": so4_products(a, "chunk:64", False),
+    "bfloat16": so4_products(a, "chunk:64", False, jnp.bfloat16),
   }
-  found = {name: np.asarray(T, np.float64) for name, T in ways.items()}
   drift = lambda T: np.max(np.abs(np.swapaxes(T, -1, -2) @ T - np.eye(4)), (-1, -2, -3))
   distance = lambda T: np.max(np.abs(T - exact), (-1, -2, -3))
   return {name: tuple(np.maximum.accumulate(f(T)) for f in (drift, distance)) for name, T in found.items()}
 
 
-def milliseconds(rng: np.random.Generator, length: int = 1024, blocks: int = 64) -> dict[str, float]:
+def milliseconds(rng: np.random.Generator) -> dict[str, float]:
   """Shortest of five runs of each scan over quaternion pairs."""
-  u = rng.normal(size=(length, 4, 2 * blocks)).astype(np.float32)
-  u /= np.linalg.norm(u, axis=1, keepdims=True)
+  u = rng.normal(size=(LENGTH, 2, 4, BLOCKS)).astype(np.float32)
+  u /= np.linalg.norm(u, axis=2, keepdims=True)
   best = {}
   for scan in SCANS:
-    run = jax.jit(functools.partial(prefix_quaternions, scan=scan, component=-2))
-    run(u).block_until_ready()
     times = []
-    for _ in range(5):
+    for _ in range(6):
       start = time.perf_counter()
-      run(u).block_until_ready()
+      pair_products(u, scan).block_until_ready()
       times.append(time.perf_counter() - start)
-    best[scan] = 1e3 * min(times)
+    best[scan] = 1e3 * min(times[1:])
   return best
 
 
 def story(key: jax.Array) -> str:
-  rng = _rng(key)
-  turns = "".join(f"{two_turns(degrees):7.1f}°" for degrees in (10, 45, 90))
+  rng = generator(key)
+  angles = (10, 45, 90)
+  turns, flat = ("".join(f"{two_turns(a, plane):8.1f}°" for a in angles) for plane in (False, True))
   changes = [covariance(rng, step) for step in (0.3, 0.03, 0.003)]
   rules = "\n".join(f"    {name:<44}" + "".join(f"{c[name]:9.0e}" for c in changes) for name in changes[0])
-  long = _long_product(int(rng.integers(2**31)))
-  drifts = "\n".join(f"    {name:<24}{drift[-1]:9.1e}{distance[-1]:12.1e}" for name, (drift, distance) in long.items())
+  drifts = "\n".join(
+    f"    {name:<24}{drift[-1]:16.1e}{distance[-1]:26.1e}" for name, (drift, distance) in long_product(rng).items()
+  )
   order = slopes(series_errors(rng, STEPS), STEPS)[:, 0]
   terms = {m: (int(np.ceil(m + 8 * np.sqrt(m))), fewest_terms(m)) for m in (0.01, 4.0)}
   tails = {m: scipy.stats.poisson.sf(few, m) for m, (few, _) in terms.items()}
-  lengths = (1, 4, 64, 4096)
-  read = read_by_rotations(rng, 8, lengths[-1])
-  by_rotation = "".join(f"{np.mean(read[:, n - 1]):9.1%}" for n in lengths)
-  by_angle = "".join(f"{1 - misread_by_angles(rng, n, draws=3000):9.1%}" for n in lengths)
+  read = read_by_rotations(rng, 8, LETTERS[-1])
+  by_rotation = "".join(f"{np.mean(read[:, n - 1]):9.1%}" for n in LETTERS)
+  by_angle = "".join(f"{1 - misread_by_angles(rng, n, draws=2000):9.1%}" for n in LETTERS)
   scans = ", ".join(f"{name} {ms:.1f} ms" for name, ms in milliseconds(rng).items())
-  thumb = f"{terms[0.01][0]} and {terms[4.0][0]}, with tails of {tails[0.01]:.0e} and {tails[4.0]:.0e}"
   return f"""\
 What it is. Every token emits a rotation U_t = exp A_t of small blocks of channels. The ordered
 product T_t = U_t ··· U_0 carries queries, keys and values into one common frame, where they meet in
@@ -134,8 +134,11 @@ what lies between two tokens needs no T×T object: R = T_t T_sᵀ exactly.
 What it is not. A chain has one path between two positions, so it has no curvature. What is real is
 that rotations of three dimensions do not commute: the product remembers the order of tokens.
 
-Turning about x and then y, against y and then x, by 10°, 45°, 90°: {turns} apart
-    In the plane the two orders agree: angles add, and a sum forgets its order.
+Order. One turn, then another, against the other way round; the two ends are apart by
+    turns by                {"".join(f"{a:8d}°" for a in angles)}
+    about x and about y     {turns}
+    in one plane            {flat}
+    In a plane angles add, and a sum forgets its order.
 
 Covariance: change of scores and outputs when
     frames and generators move per step by           0.3     0.03    0.003
@@ -143,23 +146,25 @@ Covariance: change of scores and outputs when
     The first rule is exact; the second, often written for it, is its limit for small steps only.
     This is about the core. A layer whose projections are fixed is not invariant.
 
-A product of {LENGTH:,} rotations       max |TᵀT - I|    from the double product
+A product of {FACTORS:,} rotations  max |TᵀT - I|   distance from the exact one
 {drifts}
     Correction keeps T orthogonal; it cannot undo the rounding that turned it. bfloat16 is lost.
 
 Series for log(e^X e^Y) cut after order 1 .. 4 errs as ε to the power {", ".join(f"{s:.2f}" for s in order)}
 
-Uniformization: hops needed for a tail of 1e-7 at m = 0.01 and 4: {terms[0.01][1]} and {terms[4.0][1]}
-    The rule m + 8√m takes {thumb}: it bounds nothing.
+Uniformization. A walk of m hops on average, cut where the Poisson tail is below 1e-7, takes
+    {terms[0.01][1]} and {terms[4.0][1]} hops at m = 0.01 and 4. The rule of thumb m + 8√m says \
+{terms[0.01][0]} and {terms[4.0][0]}, with tails of
+    {tails[0.01]:.0e} and {tails[4.0]:.0e}: it is no bound where m is small, and wasteful where it is not.
 
-Words over the icosahedral group A₅, product named rightly, for words of
-    letters               {"".join(f"{n:9,}" for n in lengths)}
+Words over the icosahedral group A₅: share of random words whose product is named rightly
+    letters               {"".join(f"{n:9,}" for n in LETTERS)}
     frames in SO(3)       {by_rotation}
     sums of angles        {by_angle}    chance {1 / icosahedral.ORDER:.1%}
     One layer, by construction; whether training finds it is another question. A fixed-depth
     transformer without such a product cannot do this at all lengths, unless TC⁰ = NC¹.
 
-1,024 steps of 64 blocks on this machine: {scans}
+Time of {LENGTH:,} steps of {BLOCKS} blocks here: {scans}
 """
 
 
@@ -167,19 +172,23 @@ def order_on_a_sphere(key: jax.Array):
   """Where one vector ends after the same twelve rotations in 2,000 orders, in three dimensions and in the plane."""
   from matplotlib.figure import Figure
 
-  rng = _rng(key)
-  a = 0.5 * rng.normal(size=(12, 3)).astype(np.float32)
-  U = scipy.linalg.expm(np.asarray(_skew(a, 3), np.float64))
-  in_plane = scipy.linalg.expm(np.asarray(_skew(a * np.array([1, 0, 0], np.float32), 3), np.float64))
-  orders = [rng.permutation(12) for _ in range(2000)]
-  end = lambda edges: np.stack([functools.reduce(lambda w, t: edges[t] @ w, order, np.eye(3)[0]) for order in orders])
+  rng = generator(key)
+  a = 0.5 * rng.normal(size=(12, 3))
+  orders = rng.permuted(np.tile(np.arange(12), (2000, 1)), axis=1)
+
+  def ends(edges):
+    w = np.tile(np.eye(3)[0], (len(orders), 1))
+    for turn in orders.T:
+      w = np.einsum("nij,nj->ni", edges[turn], w)
+    return w
+
   figure = Figure(figsize=(7, 3.6), layout="constrained")
   axes = figure.add_subplot(projection="mollweide")
-  for points, colour, size, label in (
-    (end(U), COLOURS[0], 3, "rotations in three dimensions"),
-    (end(in_plane), COLOURS[1], 70, "rotations in one plane: a single point"),
+  for coordinates, colour, size, label in (
+    (a, BLUE, 3, "rotations in three dimensions"),
+    (a * [1, 0, 0], ORANGE, 70, "rotations in one plane: a single point"),
   ):
-    x, y, z = points.T
+    x, y, z = ends(exp_float64(skew_float64(coordinates, 3))).T
     axes.scatter(np.arctan2(y, x), np.arcsin(np.clip(z, -1, 1)), s=size, color=colour, label=label, lw=0)
   axes.grid(alpha=0.3)
   axes.set_xticklabels([])
@@ -191,37 +200,49 @@ def order_on_a_sphere(key: jax.Array):
   return figure
 
 
-def _tidy(*axes):
-  for ax in axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=11)
-    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
-      text.set_size(13)
-
-
-def drift_and_series(key: jax.Array):
-  """Drift of a long product, and the errors of the series for log(e^X e^Y) with their slopes."""
+def drift(key: jax.Array):
+  """How far a long product is from orthogonal, and from the product in double precision, by three ways."""
   from matplotlib.figure import Figure
 
-  rng = _rng(key)
-  figure = Figure(figsize=(7.6, 3.8), layout="constrained")
-  left, right = figure.subplots(1, 2)
+  figure = Figure(figsize=(7, 3.8), layout="constrained")
+  ax = figure.subplots()
   at = 2 ** np.arange(4, 14)
-  for (name, (drift, distance)), colour in zip(_long_product(int(rng.integers(2**31))).items(), COLOURS, strict=False):
-    left.loglog(at, drift[at - 1], "-o", ms=4, color=colour, label=name)
-    left.loglog(at, distance[at - 1], ":", lw=1.5, color=colour)
-  left.plot([], [], ":", color="0.4", label="distance from the exact product")
-  left.set(xlabel="factors", ylabel="max |TᵀT - I|", title="orthogonality", ylim=(5e-8, 3e4))
-  left.legend(frameon=False, fontsize=9.5, loc="upper left")
+  ways = zip(long_product(generator(key)).items(), COLOURS, MARKERS, strict=False)
+  for (name, (off, distance)), colour, marker in ways:
+    ax.loglog(at, off[at - 1], "-", marker=marker, ms=6, color=colour, label=name)
+    ax.loglog(at, distance[at - 1], ":", lw=1.8, color=colour)
+  ax.plot([], [], ":", lw=1.8, color="0.4", label="distance from the exact product")
+  ax.set_xticks(at[::3], [f"{n:,}" for n in at[::3]])
+  ax.minorticks_off()
+  styled(ax, "a long product of rotations, largest error so far", "factors", "max $|T^{\\top}T - I|$", None)
+  ax.legend(frameon=False, fontsize=11, loc="center left", bbox_to_anchor=(0.2, 0.54))
+  return figure
+
+
+def series_and_words(key: jax.Array):
+  """Errors of the series for log(e^X e^Y) by order, with their slopes; what names the product of a word over A₅."""
+  from matplotlib.figure import Figure
+
+  rng = generator(key)
+  figure = Figure(figsize=(7.4, 3.8), layout="constrained")
+  left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
   errors = series_errors(rng, STEPS)[..., 0]
   for k, slope in enumerate(slopes(errors, STEPS)):
     label = f"order {k + 1}: slope {slope:.2f}"
-    right.loglog(STEPS, errors[k], marker=MARKERS[k], ms=5, color=COLOURS[k], label=label)
-  right.set(xlabel="ε, size of X and Y", ylabel="error", title="series for log(e^X e^Y)", ylim=(1e-11, 1e1))
-  right.set_xticks(STEPS, [f"{step:g}" for step in STEPS])
+    left.loglog(STEPS, errors[k], marker=MARKERS[k], ms=6, color=COLOURS[k], label=label)
+  left.set(ylim=(1e-14, 1e-1))
+  left.set_xticks(STEPS, [f"{step:g}" for step in STEPS])
+  left.minorticks_off()
+  styled(left, "series for log(e$^X$e$^Y$)", "ε, size of X and Y", "largest error", "lower right")
+  lengths = np.array([1, 2, 3, 4, 6, 8, 16, 32, 64])
+  read = read_by_rotations(rng, 8, LETTERS[-1])
+  right.semilogx(lengths, [np.mean(read[:, n - 1]) for n in lengths], "o-", color=BLUE, label="frames in SO(3)")
+  angles = [1 - misread_by_angles(rng, n, draws=3000) for n in lengths]
+  right.semilogx(lengths, angles, "s--", color=ORANGE, label="sums of angles")
+  right.axhline(1 / icosahedral.ORDER, color="0.4", lw=1.2, ls=":", label="chance")
+  right.set_xticks(2 ** np.arange(0, 7, 2), [f"{n}" for n in 2 ** np.arange(0, 7, 2)])
   right.minorticks_off()
-  right.legend(frameon=False, fontsize=9.5, loc="upper left")
-  _tidy(left, right)
+  styled(right, "words over A₅", "letters", "share named rightly", "center right")
   return figure
 
 
@@ -229,26 +250,23 @@ def uniformization(key: jax.Array):
   """The error of the cut series below its bound, and how many terms a tail of 1e-7 takes."""
   from matplotlib.figure import Figure
 
-  rng = _rng(key)
-  figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+  rng = generator(key)
+  figure = Figure(figsize=(7.6, 3.8), layout="constrained")
   left, right = figure.subplots(1, 2)
-  m = np.geomspace(0.1, 16, 12)
-  for K, colour, marker in zip((3, 8, 18), COLOURS, MARKERS, strict=False):
-    left.loglog(m, scipy.stats.poisson.sf(K, m), "-", lw=1.2, color=colour, label=f"bound, K = {K}")
+  m = np.geomspace(0.1, 16, 8)
+  fine = np.geomspace(0.1, 16, 60)
+  for K, colour, marker in zip((3, 8, 12), COLOURS, MARKERS, strict=False):
+    left.loglog(fine, scipy.stats.poisson.sf(K, fine), "-", lw=1.5, color=colour)
     errors = np.array([truncation(rng, float(x), K)[1] for x in m])
-    seen = errors > 1e-14
-    left.loglog(m[seen], errors[seen], marker, ms=5, mfc="none", color=colour)
-  left.plot([], [], "o", mfc="none", color="0.4", label="worst error found")
-  left.set(
-    xlabel="m, mean number of hops", ylabel="error / range of values", title="cut after K hops", ylim=(1e-15, 1e7)
-  )
-  left.legend(frameon=False, fontsize=9.5, loc="upper left")
-  fine = np.geomspace(0.01, 16, 60)
-  right.semilogx(fine, [fewest_terms(float(x)) for x in fine], color=COLOURS[0], lw=1.8, label="tail <= 1e-7")
-  right.semilogx(fine, np.ceil(fine + 8 * np.sqrt(fine)), "--", color=COLOURS[1], lw=1.8, label="⌈m + 8√m⌉")
-  right.set(xlabel="m, mean number of hops", ylabel="K", title="terms that are needed")
-  right.legend(frameon=False, fontsize=11)
-  _tidy(left, right)
+    seen = errors > 1e-13
+    left.loglog(m[seen], errors[seen], marker, ms=6, mfc="none", color=colour, label=f"K = {K}")
+  left.plot([], [], "-", color="0.4", label="Poisson tail")
+  left.set(ylim=(1e-13, 1e5))
+  styled(left, "worst error found, and its bound", "m, mean number of hops", "error / range of values", "upper left")
+  fine = np.geomspace(0.01, 16, 120)
+  right.semilogx(fine, [fewest_terms(float(x)) for x in fine], color=BLUE, lw=1.8, label="tail ≤ 1e-7")
+  right.semilogx(fine, np.ceil(fine + 8 * np.sqrt(fine)), "--", color=ORANGE, lw=1.8, label="⌈m + 8√m⌉")
+  styled(right, "terms that are needed", "m, mean number of hops", "K", "upper left")
   return figure
 
 
@@ -257,6 +275,13 @@ DEMO = Demo(
   summary="rotations that depend on content, and what their order is worth",
   story=story,
   claims=CLAIMS,
-  plots=(order_on_a_sphere, drift_and_series, uniformization),
+  plots=(order_on_a_sphere, drift, series_and_words, uniformization),
   refs=("Barrington 1989", "Jensen 1953", "Blanes et al. 2009, arXiv 0810.5488"),
+  not_shown=(
+    ("whether training finds the words of A₅", "20 minutes: python -m train.experiment gauge_word_problem"),
+    ("speed of a whole layer", "needs a quiet machine: python -m train.bench speed --attention=gauge"),
+    ("other options than the default", "tests/test_conformance.py and tests/test_gauge.py run the claims on variants"),
+    ("products of 1, 2, 63, 64 and 65 factors", "checked by tests/test_algebra_lie.py"),
+    ("symplectic exponentials", "python -m demos run reversible"),
+  ),
 )

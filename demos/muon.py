@@ -31,6 +31,7 @@ OPTIMIZERS = {
 }
 COLOURS = {"SGD": ORANGE, "Adam": PINK, "Muon": BLUE, "gradient": ORANGE, "ns5": GREEN, "polar_express": BLUE}
 COLOURS["svd"] = "0.3"
+STYLES = {"gradient": "-.", "ns5": "--", "polar_express": "-", "svd": ":"}
 
 run = jax.jit(functools.partial(orthogonalise, dtype=jnp.float32), static_argnames=("ns", "steps"))
 
@@ -117,7 +118,8 @@ def races(key: jax.Array) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
 def response(key: jax.Array, n_in: int, n_out: int) -> tuple[float, float]:
   """Largest and typical root mean square of x X for inputs x of root mean square 1; X is an orthogonalised kernel."""
   rng = rng_of(key)
-  X = np.float64(run(np.float32(rng.normal(size=(n_in, n_out))), "svd"))
+  U, _, Vt = np.linalg.svd(rng.normal(size=(n_in, n_out)), full_matrices=False)
+  X = U @ Vt
   largest = np.linalg.norm(X, 2) * np.sqrt(n_in / n_out)
   return float(largest), float(np.sqrt(np.mean((rng.normal(size=(1000, n_in)) @ X) ** 2)))
 
@@ -200,19 +202,21 @@ def singular_values(key: jax.Array):
   """Where singular values end, and the spectrum of a Gaussian matrix before and after."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(7, 3.2), layout="constrained")
   left, right = figure.subplots(1, 2)
   # Further right polar_express turns too often to be drawn, between the same bounds.
   s = np.logspace(-5, -1.5, 2000)
   for ns in ("ns5", "polar_express"):
-    left.semilogx(s, scalar_map(ns, 5, s), color=COLOURS[ns], lw=2, label=ns)
+    left.semilogx(s, scalar_map(ns, 5, s), STYLES[ns], color=COLOURS[ns], lw=2, label=ns)
   left.axhline(1, color=COLOURS["svd"], lw=1, ls="--", label="polar factor")
   left.axvline(1e-3, color="0.6", lw=1, ls=":")
-  styled(left, "where a singular value ends", r"singular value over $|M|_F$", "after 5 steps", "lower right")
+  left.set(ylim=(0, 1.75), xticks=[1e-5, 1e-4, 1e-3, 1e-2], yticks=[0, 0.5, 1])
+  styled(left, "singular values", r"before, over $|M|_F$", "after 5 steps", "upper left", 12)
   for name, values in spectra(key).items():
-    style = "--" if name == "svd" else "-"
-    right.plot(np.arange(1, len(values) + 1), values, style, color=COLOURS[name], lw=2, label=name)
-  styled(right, f"Gaussian matrix, {2 * M} by {2 * M}", "number of the singular value", "singular value")
+    right.plot(np.arange(1, len(values) + 1), values, STYLES[name], color=COLOURS[name], lw=2, label=name)
+  right.set(ylim=(0, 1.75), yticks=[0, 0.5, 1])
+  styled(right, f"Gaussian matrix [{2 * M}, {2 * M}]", "its number", "singular value", None, 12)
+  right.legend(frameon=False, fontsize=11, ncols=2, handlelength=1.2, columnspacing=1, loc="upper center")
   return figure
 
 
@@ -220,17 +224,48 @@ def steps(key: jax.Array):
   """How much of a step follows the signal under noise, and the loss of one layer with axes turned or not."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(7, 3.4), layout="constrained")
   left, right = figure.subplots(1, 2)
   for (name, share), marker in zip(signal_share(key).items(), "^osD", strict=True):
-    left.semilogx(NOISE, share, color=COLOURS[name], marker=marker, ms=6, lw=2, label=name)
+    left.semilogx(NOISE, share, STYLES[name], color=COLOURS[name], marker=marker, ms=6, lw=2, label=name)
   left.axhline(RANK / M, color="0.6", lw=1, ls=":")
-  styled(left, f"signal of rank {RANK} in noise", "noise over signal", "share of the squared step", (0.585, 0.2))
+  left.set(ylim=(0, 1.6), yticks=[0, 0.25, 0.5, 0.75, 1])
+  styled(left, f"signal of rank {RANK} in noise", "noise over signal", "share of squared step", None, 12)
+  left.legend(frameon=False, fontsize=11, ncols=2, handlelength=1.2, columnspacing=1, loc="upper center")
   for results, style in zip(races(key).values(), (":", "-"), strict=True):
-    for name, (_, curve) in results.items():
-      label = name if style == "-" else None
-      right.semilogy(np.arange(1, STEPS + 1), curve, style, color=COLOURS[name], lw=2, label=label)
-  styled(right, "one layer; dotted: along the axes", "step", "loss over the first loss")
+    for (name, (_, curve)), marker in zip(results.items(), "^so", strict=True):
+      right.semilogy(
+        *(np.arange(1, STEPS + 1), curve, style),
+        **{"color": COLOURS[name], "lw": 2, "marker": marker, "ms": 5, "markevery": (20, 45)},
+        label=name if style == "-" else None,
+      )
+  right.set_ylim(top=100)
+  styled(right, "one layer; dotted: along axes", "step", "loss over first loss", None, 12)
+  right.legend(frameon=False, fontsize=11, ncols=3, handlelength=1, columnspacing=0.8, loc="upper center")
+  return figure
+
+
+def orientation(key: jax.Array):
+  """What a unit step does to outputs, for inputs of mean square 1: with the factor of [in, out] and of [out, in]."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 3.2), layout="constrained")
+  axes, ratios = figure.subplots(1, 2, sharey=True), 2.0 ** np.arange(-3, 4)
+  shapes = [(int(64 / r), 64) if r < 1 else (64, int(64 * r)) for r in ratios]
+  changes = np.array([response(key, *shape) for shape in shapes])
+  right = np.array([shape_factor(*shape, "jordan") for shape in shapes])
+  wrong = np.array([shape_factor(*shape[::-1], "jordan") for shape in shapes])
+  for ax, change, title in zip(axes, changes.T, ("largest change", "typical change"), strict=True):
+    ax.axhline(1, color="0.6", lw=1)
+    ax.loglog(ratios, right * change, "-", color=BLUE, marker="o", ms=6, lw=2, label="[in, out]")
+    ax.loglog(ratios, wrong * change, "--", color=ORANGE, marker="s", ms=6, lw=2, label="rows and columns swapped")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set_xticks(ratios, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+    ax.set_ylim(0.2, 30)
+    styled(ax, title, "out / in", "rms of the output", "upper center", 12)
+    ax.label_outer()
   return figure
 
 
@@ -239,6 +274,13 @@ DEMO = Demo(
   summary="an optimizer that follows the polar factor of momentum: singular values, noise, rotations, orientation",
   story=story,
   claims=CLAIMS,
-  plots=(singular_values, steps),
+  plots=(singular_values, steps, orientation),
   refs=(*PAPERS, "Bernstein, Newhouse, 2024, arXiv 2409.20325", "Liu et al., 2025, arXiv 2502.16982"),
+  not_shown=(
+    ("Muon against AdamW on language", "minutes; python -m train.bench optimizers --arms=muon,muon-ns5"),
+    ("which parameters of each mechanism get Muon", "checked by tests/test_muon.py"),
+    ("the sharded iteration", "needs several devices; tests/test_muon.py simulates eight"),
+    ("one compilation while the rate changes, and bfloat16", "checked by tests/test_muon.py"),
+    ("shape scales, and Muon on max-plus weights, on language", "hours of training, not run"),
+  ),
 )

@@ -11,14 +11,22 @@ from demos.demo import Demo
 from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
 from mgr_jax.algebra import hyperreal_claims
 from mgr_jax.algebra import hyperreal_functions as functions
-from mgr_jax.algebra.hyperreal import LC, coefficient, eps, omega, replaced, sqrt, st
-from mgr_jax.algebra.hyperreal_calculus_claims import infinitely_many_steps, mean_value_fraction, quotients
-from mgr_jax.algebra.phi import phi_delta, psi_delta
+from mgr_jax.algebra.hyperreal import TERMS, coefficient, eps, replaced, sqrt, st
+from mgr_jax.algebra.hyperreal_calculus_claims import (
+  CASES,
+  infinitely_many_steps,
+  mean_value_fraction,
+  quotients,
+  scheduled_steps,
+)
 from mgr_jax.optim import hoss_claims, hoss_krylov_claims
+from mgr_jax.optim.hoss_krylov_claims import phi_reference, tridiagonal
 from mgr_jax.optim.hoss_step import scale_by_hoss
 from mgr_jax.optim.lanczos import Krylov, lanczos
 from train.experiments.verdict import INCONCLUSIVE, interval
 
+# Batches of the claims' size, so that both compile each operation once.
+ONES = np.ones(CASES)
 M = (10, 30, 100, 300, 1000)
 STIFF = np.array([1e6, 1.0])
 CHAINS = 2000
@@ -34,17 +42,6 @@ def rng_of(key: jax.Array) -> np.random.Generator:
 def cost(rank: int, share: float = 1.0) -> float:
   """Gradient equivalents of a macro-step: products on a share of the batch, linearized once, two gradients each."""
   return 1 + share * (1 + 2 * rank)
-
-
-def euler(z: float) -> LC:
-  """(1 - zε)^(1/ε)."""
-  return infinitely_many_steps(jnp.float64(z))
-
-
-def schedules() -> tuple[LC, LC]:
-  """What macro time 1 leaves of a mode with λ = 1: in steps of ε, and in steps of 2ε followed by steps of ε/2."""
-  flow = lambda time, step: functions.raised(1 - step * eps(), time / step * omega())
-  return flow(1.0, 1.0), flow(0.6, 2.0) * flow(0.4, 0.5)
 
 
 def sgd_loss(rate: float, gradients) -> np.ndarray:
@@ -75,7 +72,7 @@ def stationary(key: jax.Array, delta: float) -> tuple[np.ndarray, np.ndarray]:
   Means over the last 100 of 400 steps.
   """
   rng, decay = rng_of(key), np.exp(-delta * STIFF)
-  spread = np.sqrt(np.asarray(psi_delta(jnp.asarray(STIFF), delta)))
+  spread = np.sqrt(hoss_claims.psi(STIFF, delta))
   w, found = np.zeros((CHAINS, 2)), []
   for _ in range(400):
     before, w = w, decay * w + spread * rng.standard_normal(w.shape)
@@ -99,68 +96,42 @@ def krylov(l: jax.Array, g: jax.Array) -> Krylov:
   return lanczos(lambda v: l * v, g, RANKS, breakdown_tol=1e-13)
 
 
-def convergence(key: jax.Array) -> dict[str, np.ndarray]:
-  """Relative error of the macro-step from the first r Krylov vectors, [TIMES and REACH, r = 1..RANKS], per spectrum.
+def convergence(key: jax.Array) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Relative errors of the macro-step, per spectrum: at `TIMES` from the first r Krylov vectors, [TIMES, r = 1..RANKS],
+  and from the first `RANK` of them at the times `REACH`.
 
   The gradient is random. One Lanczos run serves all ranks and times.
   """
-  return _convergence(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+  g, found = rng_of(key).standard_normal(DIM), {}
+  for name, l in spectra().items():
+    with jax.enable_x64(True):
+      space = jax.tree.map(np.asarray, krylov(l, g))
+    errors = functools.partial(_errors, l, g, space)
+    found[name] = errors(TIMES, range(1, RANKS + 1)), errors(REACH, [RANK])[:, 0]
+  return found
 
 
-@functools.cache
-def _convergence(seed: tuple[int, ...]) -> dict[str, np.ndarray]:
-  with jax.enable_x64(True):
-    g, times = np.random.default_rng(seed).standard_normal(DIM), np.r_[TIMES, REACH]
-    return {name: _errors(l, g, jax.tree.map(np.asarray, krylov(l, g)), times) for name, l in spectra().items()}
-
-
-def _errors(l, g, space: Krylov, times) -> np.ndarray:
-  T = np.asarray(space.tridiagonal)
-  # Leading blocks of T, each with its eigenvalues and eigenvectors; zeros where a block ends.
-  theta, V = np.zeros((RANKS, RANKS)), np.zeros((RANKS, RANKS, RANKS))
-  for r in range(1, RANKS + 1):
-    theta[r - 1, :r], V[r - 1, :r, :r] = np.linalg.eigh(T[:r, :r])
-  time = jnp.asarray(times)[:, None, None]
-  weights = np.asarray(phi_delta(np.abs(theta), time)) * V[:, 0]
-  found = -space.norm * np.einsum("rij,trj->tri", V, weights)
-  exact = -np.asarray(phi_delta(l, time[..., 0])) * g
+def _errors(l, g, space: Krylov, times, ranks) -> np.ndarray:
+  """[times, ranks]; the leading block of T of each rank stands for the curvature."""
+  time = np.asarray(times)[:, None]
+  exact = -phi_reference(l, time) * g
   # Inside of the basis and outside of it; the basis is orthonormal.
   inside = exact @ space.basis.T
   outside = np.linalg.norm(exact - inside @ space.basis, axis=-1)
-  error = np.hypot(np.linalg.norm(found - inside[:, None], axis=-1), outside[:, None])
-  return error / np.linalg.norm(exact, axis=-1)[:, None]
-
-
-def saddle_steps() -> tuple[dict[str, int], float]:
-  """Steps of δ = 0.5 until F = (x² - y²)/2 + y⁴/4 falls below -0.2 from (1, 1e-6), for each treatment of negative
-  curvature; and how far y moves in 60 steps when curvature is cut at 1e-6 and (1 - e^-δl)/l computed as it stands.
-  """
-  F = lambda w: (w[0] ** 2 - w[1] ** 2) / 2 + w[1] ** 4 / 4
-  gradient, start = jax.grad(F), jnp.float32([1, 1e-6])
-
-  def losses(neg):
-    tx = scale_by_hoss(0.5, rank=2, neg=neg)
-
-    def step(carry, _):
-      w, state = carry
-      product = lambda v: jax.jvp(gradient, (w,), (v,))[1]
-      updates, state = tx.update(gradient(w), state, w, hvp_fn=product)
-      return (w + updates, state), F(w + updates)
-
-    return jax.lax.scan(step, (start, tx.init(start)), None, length=100)[1]
-
-  found = jax.jit(lambda: {neg: losses(neg) for neg in ("abs", "flat", "flow")})()
-  y, l, delta = np.float32(1e-6), np.float32(1e-6), np.float32(6e-4)
-  for _ in range(60):
-    y = y - (1 - np.exp(-delta * l)) / l * (y**3 - y)
-  return {neg: int(np.argmax(np.asarray(x) < -0.2)) + 1 for neg, x in found.items()}, float(y - np.float32(1e-6))
+  T, errors = tridiagonal(space.alpha, space.beta), []
+  for r in ranks:
+    theta, V = np.linalg.eigh(T[:r, :r])
+    found = np.zeros_like(inside)
+    found[:, :r] = -space.norm * (phi_reference(np.abs(theta), time) * V[0]) @ V.T
+    errors.append(np.hypot(np.linalg.norm(found - inside, axis=-1), outside))
+  return np.stack(errors, -1) / np.linalg.norm(exact, axis=-1)[:, None]
 
 
 def tasks(key: jax.Array) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Data and start of a tanh network 12-16-1 per seed: 128 examples of a teacher, inputs of scales from 1 to 1/100."""
+  """Data and start of a tanh network 12-16-1 per seed: 64 examples of a teacher, inputs of scales from 1 to 1/100."""
   rng, scales = rng_of(key), np.logspace(0, -2, 12)
   normal = lambda *shape: rng.standard_normal((SEEDS, *shape))
-  x = normal(128, 12) * scales
+  x = normal(64, 12) * scales
   teacher = np.tanh(x @ (normal(12, 8) / scales[:, None] / 3)) @ normal(8, 1)
   y = teacher[..., 0] / teacher.std((1, 2))[:, None]
   start = {"in": normal(12, 16), "bias": np.zeros((SEEDS, 16)), "out": normal(16) / 4}
@@ -184,7 +155,7 @@ def descend(tx, steps: int, linear_decay: bool, data, start, size: jax.Array) ->
     updates, state = tx.update(g, state, p, hvp_fn=product, scale=scale, value=value, loss_fn=loss)
     return (optax.apply_updates(p, updates), state), None
 
-  (p, _), _ = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(steps))
+  (p, _), _ = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(steps, dtype=jnp.float32))
   return loss(p)
 
 
@@ -215,27 +186,28 @@ def race(key: jax.Array) -> dict[str, np.ndarray]:
 def field() -> str:
   e = eps()
   value, slope = jax.jvp(lambda x: x * (1 / x), (0.0,), (1.0,))
-  cube = functions.derivatives(lambda x: x**3, 2.0, 3)
-  theta = mean_value_fraction(0.3)
-  shown = lambda x: ", ".join("unknown" if np.isnan(c) else f"{c:g}" for c in np.asarray(x).tolist())
+  cube = functions.derivatives(lambda x: x**3, 2.0, 3, terms=TERMS)
+  theta = mean_value_fraction(np.full(CASES, 0.3))[0]
+  limits = lambda terms: quotients(ONES, terms)[:, 0]
+  shown = lambda x: ", ".join("?" if np.isnan(c) else f"{c:g}" for c in np.asarray(x).tolist())
   return f"""\
     1/(1 + ε) = {1 / (1 + e)}
     1/ε = {1 / e}    10¹²·ε < 1: {bool(1e12 * e < 1)}    (ε + ε²) - ε = {(e + e * e) - e}    √(4ε² + 4ε³ + ε⁴) = {
     sqrt(4 * e**2 + 4 * e**3 + e**4)
   }
     x³ and its derivatives at 2, read off (2 + ε)³: {shown(cube)}
-    st of sin ε/ε, (1 - cos ε)/ε², (e^ε - 1 - ε)/ε²: {shown(quotients(6))}; with two terms: {shown(quotients(2))}
+    st of sin ε/ε, (1 - cos ε)/ε², (e^ε - 1 - ε)/ε²: {shown(limits(6))}; of two terms: {shown(limits(2))}
     ε·(1/ε) = {e * (1 / e)}; with dual numbers {float(value):g} + {float(slope):g}ε
     e^(x+ε) - e^x = ε·e^(x+θε) at x = 0.3: θ = {float(st(theta)):g} + {float(coefficient(theta, 1)):.6f}ε + ..."""
 
 
 def euler_table() -> str:
-  left, rows = euler(1.0), []
+  left, rows = infinitely_many_steps(ONES)[0], []
   flow, first = float(st(left)), float(coefficient(left, 1))
   for m in M:
     steps = (1 - 1 / m) ** m
     rows.append(f"    m = {m:<5} {steps:.6f}   minus the flow {steps - flow:+.2e}   predicted {first / m:+.2e}")
-  one, other = schedules()
+  one, other = scheduled_steps(ONES, (1.0, 1.0))[0], scheduled_steps(ONES, (0.6, 2.0), (0.4, 0.5))[0]
   shown = lambda x: f"{float(st(x)):.6f} {float(coefficient(x, 1)):+.4f}ε"
   return "\n".join([f"    z = 1: {left}", *rows, f"    steps ε: {shown(one)};  steps 2ε, then ε/2: {shown(other)}"])
 
@@ -252,8 +224,8 @@ def valley(key: jax.Array) -> str:
     theory = 0.5 / STIFF
     step_theory = -2 * theory * np.expm1(-delta * STIFF)
     rows.append(
-      f"    with noise, δ = {delta:<3g}: Var/theory x {variance[0] / theory[0]:.3f}, y {variance[1] / theory[1]:.3f};"
-      f" of one step Var x/Var y = {step[0] / step[1]:.2e}, theory {step_theory[0] / step_theory[1]:.2e}"
+      f"    noise, δ = {delta:<3g}: Var/theory x {variance[0] / theory[0]:.3f}, y {variance[1] / theory[1]:.3f};"
+      f" of one step Var x/Var y {step[0] / step[1]:.2e}, theory {step_theory[0] / step_theory[1]:.2e}"
     )
   return "\n".join(rows)
 
@@ -263,9 +235,9 @@ def krylov_table(key: jax.Array) -> str:
   errors = convergence(key)
   head = "".join(f"{time:>6g}" for time in TIMES)
   rows = [f"    {'rank for 1% at δ·l_max =':<25}{head}   rank {RANK}: per step  per gradient   at 1/16"]
-  for name, found in errors.items():
-    needed = "".join(f"{int(np.argmax(e < 0.01)) + 1:6d}" for e in found[: len(TIMES)])
-    reach = REACH[np.flatnonzero(found[len(TIMES) :, RANK - 1] < 0.01)[-1]]
+  for name, (found, at_rank) in errors.items():
+    needed = "".join(f"{int(np.argmax(e < 0.01)) + 1:6d}" for e in found)
+    reach = REACH[np.flatnonzero(at_rank < 0.01)[-1]]
     rows.append(f"    {name:<25}{needed}{reach:19.1f}{reach / cost(RANK):14.1f}{reach / cost(RANK, 1 / 16):10.1f}")
   rule = "".join(f"{1.7 * np.sqrt(time):6.1f}" for time in TIMES)
   return "\n".join([*rows, f"    {'1.7·√(δ·l_max)':<25}{rule}   SGD, at most: {2:3.1f}{2:14.1f}"])
@@ -286,7 +258,8 @@ def network_table(key: jax.Array) -> str:
 def story(key: jax.Array) -> str:
   with jax.enable_x64(True):
     numbers, steps, stiff = field(), euler_table(), valley(key)
-  escape, moved = saddle_steps()
+  escape = {neg: int(np.argmax(np.asarray(x) < -0.2)) + 1 for neg, x in hoss_claims.saddle_descents().items()}
+  moved = hoss_claims.saddle_naively()[1] - np.float32(1e-6)
   return f"""\
 Numbers with infinitesimals. A number is a series in ε, 0 < ε < every positive real; six terms kept.
 It has an order, inverses, and a standard part st, the nearest real:
@@ -325,25 +298,29 @@ def infinitesimals(key: jax.Array):
   del key
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(7, 3.2), layout="constrained")
   left, right = figure.subplots(1, 2)
-  z = np.linspace(0, 3, 61)
+  z = np.linspace(0, 3, CASES)
+  with jax.enable_x64(True):
+    flow = infinitely_many_steps(z)
+    corrected = {m: np.asarray(replaced(flow, 1 / m, 2)) for m in (3, 10)}
+    first = np.abs(np.asarray(coefficient(flow, 1)))
   left.plot(z, np.exp(-z), color="0.2", lw=2, label=r"standard part $e^{-z}$")
   for m, colour, marker in ((3, ORANGE, "s"), (10, BLUE, "o")):
-    left.plot(z, (1 - z / m) ** m, color=colour, lw=0, marker=marker, ms=5, markevery=5, label=f"{m} steps")
-    with jax.enable_x64(True):
-      two = np.asarray(replaced(infinitely_many_steps(jnp.asarray(z)), 1 / m, 2))
-    left.plot(z, two, color=colour, lw=1.5, ls="--", label=f"two terms, ε = 1/{m}")
-  styled(left, "what is left of a mode", "z = δλ", "factor")
+    left.plot(z, (1 - z / m) ** m, color=colour, lw=0, marker=marker, ms=5, markevery=20, label=f"{m} steps")
+    left.plot(z, corrected[m], color=colour, lw=1.5, ls="--")
+  left.plot([], [], color="0.4", lw=1.5, ls="--", label="two terms, ε = 1/m")
+  styled(left, "what is left of a mode", "z = δλ", "factor", size=12)
   m = np.logspace(0.6, 4, 15).round()
-  for z, colour, marker in ((0.1, GREEN, "o"), (0.4, BLUE, "s"), (2.0, PINK, "^")):
-    with jax.enable_x64(True):
-      first = abs(float(coefficient(euler(z), 1)))
-    right.loglog(m, np.abs((1 - z / m) ** m - np.exp(-z)), color=colour, lw=0, marker=marker, ms=6, label=f"z = {z:g}")
-    right.loglog(m, first / m, color=colour, lw=1.5)
-  right.plot([], [], color="0.4", lw=1.5, label="first infinitesimal term")
-  right.set_ylim(2e-7, 30)
-  styled(right, "error of m steps", "steps m", "distance from the flow")
+  for target, colour, marker in ((0.1, GREEN, "o"), (0.4, BLUE, "s"), (2.0, PINK, "^")):
+    i = np.argmin(np.abs(z - target))
+    error = np.abs((1 - z[i] / m) ** m - np.exp(-z[i]))
+    right.loglog(m, error, color=colour, lw=0, marker=marker, ms=5, label=f"z = {target:g}")
+    right.loglog(m, first[i] / m, color=colour, lw=1.5)
+  right.plot([], [], color="0.4", lw=1.5, label="first term")
+  right.set_ylim(1e-7, 30)
+  styled(right, "error of m steps", "steps m", "distance from the flow", legend=None, size=12)
+  right.legend(frameon=False, fontsize=11, ncols=2, columnspacing=1, handlelength=1.2, loc="upper right")
   return figure
 
 
@@ -351,43 +328,49 @@ def ranks(key: jax.Array):
   """Error of the macro-step against the rank, for three macro times; the rule of thumb marked."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(7, 3.2), layout="constrained")
   errors, r = convergence(key), np.arange(1, RANKS + 1)
-  for ax, name in zip(figure.subplots(1, 2, sharey=True), ("uniform", "ten outliers"), strict=True):
-    for time, error, colour in zip(TIMES, errors[name], (GREEN, BLUE, PINK), strict=False):
-      ax.semilogy(r, np.maximum(error, 1e-12), color=colour, lw=2, label=rf"$\delta l_{{\max}} = {time:g}$")
+  axes = figure.subplots(1, 2, sharey=True)
+  for ax, name in zip(axes, ("uniform", "ten outliers"), strict=True):
+    for time, error, colour, marker in zip(TIMES, errors[name][0], (GREEN, BLUE, PINK), "os^", strict=True):
+      error = np.maximum(error, 1e-12)
+      ax.semilogy(
+        r, error, color=colour, lw=2, marker=marker, ms=5, markevery=6, label=rf"$\delta l_{{\max}} = {time:g}$"
+      )
       ax.axvline(1.7 * np.sqrt(time), color=colour, lw=1.2, ls=":")
     ax.axhline(0.01, color="0.5", lw=1, ls="--")
     ax.plot([], [], color="0.4", lw=1.2, ls=":", label=r"$1.7\sqrt{\delta l_{\max}}$")
-    styled(ax, f"spectrum: {name}", "rank r", "relative error")
+    styled(ax, f"spectrum: {name}", "rank r", "relative error", legend=None, size=12)
     ax.set(ylim=(1e-10, 3), xlim=(0, RANKS))
-  figure.axes[0].get_legend().remove()  # it would cover the curves, and both panels share it
+    ax.label_outer()
+  axes[1].legend(frameon=False, fontsize=11, handlelength=1.2, loc=(0.27, 0.03))  # between the curves and the last rule
   return figure
 
 
-def stiff(key: jax.Array):
-  """Loss in the stiff valley against gradient equivalents."""
+def valley_and_saddle(key: jax.Array):
+  """Loss in the stiff valley against gradient equivalents, and beside a saddle against steps."""
   del key
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(6, 4), layout="constrained")
-  ax = figure.subplots()
+  figure = Figure(figsize=(7, 3.4), layout="constrained")
+  left, right = figure.subplots(1, 2)
   n = np.r_[1, 2, 3, np.logspace(0.7, 8, 120).round()]
   for rate, colour, marker in ((1e-3, PINK, "^"), (1e-6, ORANGE, "s"), (1.9e-6, GREEN, "D")):
-    loss = np.minimum(sgd_loss(rate, n), 1e99)
-    ax.loglog(
-      n, loss, color=colour, lw=2, marker=marker, ms=6, markevery=[0, *range(9, 120, 12)], label=f"SGD, rate {rate:g}"
-    )
+    loss, marked = np.minimum(sgd_loss(rate, n), 1e99), [0, *range(9, 120, 20)]
+    left.loglog(n, loss, color=colour, lw=2, marker=marker, ms=5, markevery=marked, label=f"SGD, rate {rate:g}")
   with jax.enable_x64(True):
     for delta, colour, marker in ((0.1, "0.5", "v"), (1.0, BLUE, "o")):
-      loss = hoss_loss(delta)[1:]
-      spent = cost(2) * np.arange(1, len(loss) + 1)
-      marked = [0, 2, 8, 29, 99]
-      ax.loglog(
-        spent, loss, color=colour, lw=2, marker=marker, ms=6, markevery=marked, label=f"HOSS, δ = {delta:g}, rank 2"
-      )
-  styled(ax, r"$F = (10^6x^2 + y^2)/2$ from $(1, 1)$", "gradient equivalents", "loss F")
-  ax.set(ylim=(1e-12, 1e20))
+      loss = np.asarray(hoss_loss(delta))[1:]
+      spent, marked = cost(2) * np.arange(1, len(loss) + 1), [0, 2, 8, 29, 99]
+      left.loglog(spent, loss, color=colour, lw=2, marker=marker, ms=5, markevery=marked, label=f"HOSS, δ = {delta:g}")
+  styled(left, r"$F = (10^6x^2 + y^2)/2$", "gradient equivalents", "loss F", "upper right", size=12)
+  left.set(ylim=(1e-12, 1e40), yticks=[1e-10, 1, 1e10, 1e20])
+  styles = {"abs": ("|curvature|", BLUE, "-"), "flat": ("cut at 0", GREEN, "--"), "flow": ("true flow", PINK, "-.")}
+  for neg, losses in hoss_claims.saddle_descents().items():
+    label, colour, style = styles[neg]
+    right.plot(np.arange(1, 61), losses[:60], color=colour, ls=style, lw=2, label=label)
+  right.axhline(-0.25, color="0.5", lw=1, ls=":")
+  styled(right, r"$F = (x^2 - y^2)/2 + y^4/4$", "steps of δ = 0.5", "loss F", size=12)
   return figure
 
 
@@ -396,6 +379,16 @@ DEMO = Demo(
   summary="infinitesimals one can compute with, and exact macro-steps of gradient flow",
   story=story,
   claims=(*hyperreal_claims.CLAIMS, *hoss_krylov_claims.CLAIMS, *hoss_claims.CLAIMS),
-  plots=(infinitesimals, ranks, stiff),
+  plots=(infinitesimals, ranks, valley_and_saddle),
   refs=("Keisler 1976", "Shamseddine, Berz 2010", "Hochbruck, Ostermann 2010"),
+  not_shown=(
+    ("HOSS against tuned AdamW on language", "twenty minutes; python -m train.bench optimizers"),
+    ("HOSS over condition numbers, ranks and spectra", "python -m train.bench stiff"),
+    ("what a step costs in FLOPs and seconds", "python -m train.bench step; counts checked by tests/test_races.py"),
+    ("symmetric curvature products under every mechanism", "checked by tests/test_curvature.py"),
+    ("trust radius, resuming, noise of the other kinds", "checked by tests/test_hoss.py"),
+    ("derivatives against Taylor mode and nested gradients", "checked by tests/test_algebra_hyperreal.py"),
+    ("all hyperreal numbers", "an ultrapower is not computable; Levi-Civita series are a computable ordered field"),
+    ("whether curvature-shaped noise generalises better", "many trained networks, not run"),
+  ),
 )

@@ -200,7 +200,8 @@ def refill_table(key: jax.Array) -> str:
 @functools.cache
 def raced() -> dict:
   """The streaming regression at reduced size; the same streams whatever the demo's seed."""
-  return regime.run(RACE_STREAMS, RACE_STEPS, say=lambda line: None)
+  with jax.enable_x64(False):
+    return regime.run(RACE_STREAMS, RACE_STEPS, say=lambda line: None)
 
 
 def race_table(result: dict) -> str:
@@ -289,7 +290,7 @@ def goodstein_from_four(key: jax.Array):
 
   steps = list(itertools.islice(goodstein(4), 1, 97))
   base, ranks = [s.base for s in steps], np.stack([to_rank(s.shadow, 3) for s in steps])
-  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(7, 3.2), layout="constrained")
   left, right = figure.subplots(1, 2)
   left.semilogy(base, [s.value for s in steps], color=BLUE, lw=2)
   styled(left, "the integers rise ...", "base", "value", legend=None, size=12)
@@ -298,8 +299,9 @@ def goodstein_from_four(key: jax.Array):
     right.step(base, rank, where="post", color=colour, ls=style, lw=2, label=name)
   right.set_yscale("symlog", linthresh=4)
   right.set_yticks([0, 1, 2, 4, 10, 30, 100], ["0", "1", "2", "4", "10", "30", "100"])
-  right.legend(frameon=False, fontsize=11, handlelength=1.2, loc="upper left")
-  styled(right, "... and their shadow descends", "base", "coefficient", legend=None, size=12)
+  right.set_ylim(top=1500)
+  right.legend(frameon=False, fontsize=11, handlelength=1, columnspacing=1, ncols=3, loc="upper left")
+  styled(right, "... their shadow descends", "base", "coefficient", legend=None, size=12)
   return figure
 
 
@@ -308,12 +310,12 @@ def schedule(key: jax.Array):
   from matplotlib.figure import Figure
 
   p, t = path(key), np.arange(STEPS)
-  figure = Figure(figsize=(9, 6), layout="constrained")
+  figure = Figure(figsize=(7, 5.6), layout="constrained")
   panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.6, 2))
   panels[0].semilogy(t, p.loss, color="0.75", lw=0.7, label="loss")
   panels[0].semilogy(t, p.ema, color=BLUE, lw=1.8, label="running mean")
   panels[0].semilogy(t, np.where(np.isfinite(p.best), p.best, np.nan), color=ORANGE, lw=1.8, label="best of the level")
-  styled(panels[0], f"the target jumps at step {JUMP}", "", "loss", legend=None, size=12)
+  styled(panels[0], "", "", f"loss, jump at {JUMP}", legend=None, size=12)
   panels[1].step(t, p.multiplier, where="post", color=GREEN, lw=2)
   panels[1].set_yscale("log", base=2)
   styled(panels[1], "", "", "multiplier\nof the rate", legend=None, size=12)
@@ -321,13 +323,15 @@ def schedule(key: jax.Array):
     there = np.where(p.rank[:, 0] == a, p.rank[:, 2], np.nan)
     panels[2].fill_between(t, there, step="post", facecolor=colour, alpha=0.5, hatch=hatch, lw=0, label=f"{a} left")
   styled(panels[2], "", "step", "patience left", legend=None, size=12)
-  panels[2].legend(frameon=False, fontsize=11, title="restarts", loc="upper right")
+  panels[2].legend(frameon=False, fontsize=11, title="restarts", title_fontsize=11, handlelength=1.2, loc="upper right")
   for event, colour, style in ((ANNEAL, "0.6", ":"), (RESTART, "0.1", "-"), (EXHAUSTED, ORANGE, "--")):
     for ax, at in itertools.product(panels, np.flatnonzero(p.event == event)):
       ax.axvline(at, color=colour, lw=1.3, ls=style)
     panels[0].plot([], [], color=colour, ls=style, label=EVENT_NAMES[event])
-  panels[0].set_ylim(0.4, 200)
-  panels[0].legend(frameon=False, fontsize=11, ncols=3, loc="upper right")
+  for ax in panels:
+    ax.set_xlim(0, STEPS)
+  panels[0].set_ylim(0.4, 60)
+  figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=11, ncols=3, loc="outside upper center")
   return figure
 
 
@@ -338,7 +342,7 @@ def excess_risk(key: jax.Array):
 
   result = raced()
   best = result["claims"]["best: ordinal"]["baseline"]
-  figure = Figure(figsize=(9, 3.6), layout="constrained")
+  figure = Figure(figsize=(7, 3.2), layout="constrained")
   axes = figure.subplots(1, 2, sharey=True)
   for ax, machine in zip(axes, ("ordinal", "ordinal rise"), strict=True):
     styles = ((machine, ORANGE, "-"), (f"{machine}{regime.BLIND}", BLUE, "--"), (best, "0.4", ":"))
@@ -347,10 +351,10 @@ def excess_risk(key: jax.Array):
       ax.semilogy(
         np.linspace(0, RACE_STEPS, len(curve), endpoint=False), curve, color=colour, ls=style, lw=2, label=name
       )
-    styled(ax, f"{machine}: medians of {RACE_STREAMS} streams", "sample", "excess risk |θ - θ*|²", legend=None, size=12)
+    title = f"{machine}, median of {RACE_STREAMS}"
+    styled(ax, title, "sample", r"excess risk $|\theta - \theta^*|^2$", "upper right", size=12)
     ax.label_outer()
-    ax.legend(frameon=False, fontsize=10)
-  axes[0].set_ylim(top=12)
+  axes[0].set_ylim(top=30)
   return figure
 
 
@@ -361,4 +365,11 @@ DEMO = Demo(
   claims=(*ordinal_claims.CLAIMS, *ordinal_descent_claims.CLAIMS, *schedule_claims.CLAIMS),
   plots=(goodstein_from_four, schedule, excess_risk),
   refs=("Cantor 1897", "Goodstein 1944", "Kirby, Paris 1982", "Dershowitz, Manna 1979"),
+  not_shown=(
+    ("Goodstein's sequence from 4 to its end", "more steps than any machine could run; the story says how many"),
+    ("the streaming regression at full length", "python -m train.bench regime"),
+    ("language models, fixed schedules against this one", "many training runs, not done"),
+    ("resuming, replicas, moments after a restart", "checked by tests/test_ordinal_schedule.py and tests/test_step.py"),
+    ("an independent machine step by step", "checked by tests/test_ordinal_schedule.py"),
+  ),
 )

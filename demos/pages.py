@@ -108,6 +108,8 @@ def plots(demo: Demo, measured) -> str:
     f"![{demo.name}: {plot.__name__.replace('_', ' ')}]({image(demo, plot)})\n\n{inspect.getdoc(plot).splitlines()[0]}"
     for plot in demo.plots
   ]
+  if not pictures:
+    return "None."
   return "\n\n".join([*pictures, f"`python -m demos run {demo.name} --plots=plots` draws them."])
 
 

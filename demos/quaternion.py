@@ -8,23 +8,25 @@ import numpy as np
 import optax
 
 from demos.demo import Demo
+from demos.figures import BLUE, GREEN, ORANGE, styled
 from mgr_jax.algebra import hypercomplex as hc
-from mgr_jax.algebra.hypercomplex_claims import CLAIMS, generator, units
+from mgr_jax.algebra.hypercomplex_claims import CLAIMS, generator, products, units
 from mgr_jax.attention.quaternion_transport import turn
 
 CHANNELS, SEEDS, PAIRS, STEPS = 8, 5, 1024, 512
 NOISE = (0.0, 0.05, 0.3)
 ARMS = ("dense", "polar of dense", "rotor gate")
-# Okabe and Ito: told apart with every common form of colour blindness.
-COLOURS = ("#D55E00", "#009E73", "#0072B2")
+COLOURS = (ORANGE, GREEN, BLUE)
+
+_turn = jax.jit(turn, static_argnums=(2, 3))
 
 
 def basis_table() -> str:
   """The 16 products, computed."""
   unit = np.eye(4, dtype=np.float32)
-  products = np.asarray(hc.hamilton(unit[:, None], unit[None]))
+  table = np.asarray(products(unit[:, None], unit[None]))
   name = lambda a: ("-" if a.sum() < 0 else "") + "1ijk"[int(np.argmax(np.abs(a)))]
-  rows = [[f"{name(a):>4}" for a in row] for row in products]
+  rows = [[f"{name(a):>4}" for a in row] for row in table]
   return "\n".join(f"    {unit:>4} |" + "".join(row) for unit, row in zip("1ijk", rows, strict=True))
 
 
@@ -67,9 +69,9 @@ def transport_errors(rng) -> dict[str, list[float]]:
     train, near, far = (transport_pairs(rng, n, d) for n, d in ((8000, 60), (2000, 60), (2000, 180)))
     conjugate = lambda u: u * [1, -1, -1, -1]
     # The layer with q̂ = conj(g_i) and k̂ = conj(g_j): transport by conj(k̂), then turn by q̂.
-    sent = lambda p: turn(conjugate(p["key"]), np.pad(p["local"], ((0, 0), (1, 0))), "sandwich", True)
-    layer = lambda p: turn(conjugate(p["query"]), sent(p), "sandwich", False)[:, 1:]
-    exact = [cosine_error(np.asarray(layer(p)), p["target"]) for p in (near, far)]
+    sent = lambda p: _turn(conjugate(p["key"]), np.pad(p["local"], ((0, 0), (1, 0))), "sandwich", True)
+    layer = lambda p: np.asarray(_turn(conjugate(p["query"]), sent(p), "sandwich", False))[:, 1:]
+    exact = [cosine_error(layer(p), p["target"]) for p in (near, far)]
   seen = lambda p: np.concatenate([p["key"], p["local"], p["query"], np.ones((len(p["key"]), 1))], -1)
   hidden = rng.standard_normal((12, 1024)) / np.sqrt(12)
   readouts = {"linear readout": seen, "1,024 random ReLUs": lambda p: np.maximum(seen(p) @ hidden, 0)}
@@ -81,13 +83,21 @@ def transport_errors(rng) -> dict[str, list[float]]:
   return errors
 
 
+def two_sided(u, v) -> jax.Array:
+  """x ↦ u x v as a matrix."""
+  return hc.left_matrix(u) @ hc.right_matrix(v)
+
+
+_two_sided = jax.jit(two_sided)
+
+
 def gate_matrix(omegas) -> jax.Array:
   """x ↦ exp(ω) x exp(ω') as a matrix; `omegas` [2, ..., 3]."""
-  return hc.left_matrix(hc.quat_exp(omegas[0])) @ hc.right_matrix(hc.quat_exp(omegas[1]))
+  return two_sided(*hc.quat_exp(omegas))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _train_gate(moments, steps):
+@functools.partial(jax.jit, static_argnums=2)
+def _train_gate(moments, start, steps):
   """Adam on the six angles of each gate. A gate is orthogonal, so its squared error is constant - 2 <Y Xᵀ, gate>."""
   optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
   loss = lambda omegas: -jnp.sum(moments * gate_matrix(omegas))
@@ -97,7 +107,6 @@ def _train_gate(moments, steps):
     updates, state = optimizer.update(jax.grad(loss)(omegas), state)
     return (optax.apply_updates(omegas, updates), state), None
 
-  start = 0.1 * jax.random.normal(jax.random.key(1), (2, len(moments), 3), moments.dtype)
   (omegas, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), None, steps)
   return gate_matrix(omegas)
 
@@ -105,7 +114,7 @@ def _train_gate(moments, steps):
 def fit_gates(rng, sigma: float, count: int = CHANNELS * SEEDS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Targets x ↦ u x v [count, 4, 4] and each arm's estimate from noisy pairs; float64."""
   with jax.enable_x64(True):
-    target = np.asarray(hc.left_matrix(units(rng, count)) @ hc.right_matrix(units(rng, count)))
+    target = np.asarray(_two_sided(units(rng, count), units(rng, count)))
     x = rng.standard_normal((count, PAIRS, 4))
     y = x @ target.swapaxes(1, 2) + sigma * rng.standard_normal(x.shape)
     moments = y.swapaxes(1, 2) @ x / PAIRS
@@ -114,7 +123,7 @@ def fit_gates(rng, sigma: float, count: int = CHANNELS * SEEDS) -> tuple[np.ndar
     return target, {
       "dense": dense,
       "polar of dense": left @ right,
-      "rotor gate": np.asarray(_train_gate(moments, 1500)),
+      "rotor gate": np.asarray(_train_gate(moments, 0.1 * rng.standard_normal((2, count, 3)), 1500)),
     }
 
 
@@ -183,12 +192,12 @@ the layer preserves no lengths. One layer multiplies two factors: a product of n
 
 
 def iterated_gates(key: jax.Array):
-  """Length against the number of steps; one orbit in the plane across the axis of u x ū, fitted to 64 noisy pairs."""
+  """Length against the number of steps; one orbit of Im x under x ↦ u x ū and under a dense fit to 64 noisy pairs."""
   from matplotlib.figure import Figure
 
   rng = generator(key)
-  figure = Figure(figsize=(8, 3.8), layout="constrained")
-  left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+  figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+  left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
   target, gates = fit_gates(rng, 0.05)
   x = units(rng, len(target))
   for arm, colour, style in zip(ARMS, COLOURS, ("-", "-", "--"), strict=True):
@@ -196,33 +205,44 @@ def iterated_gates(key: jax.Array):
     shown = lengths[:, :12] if arm == "dense" else lengths[:, :1]
     lines = left.semilogy(shown, style, color=colour, lw=1 if arm == "dense" else 2.2, alpha=0.8)
     lines[0].set_label(arm)
-  left.set(xlabel="steps", ylabel="|y| / |x|", title="noise 0.05: lengths", yticks=(0.5, 1, 2, 4))
+  left.set(yticks=(0.5, 1, 2, 4), xticks=(0, 256, 512))
   left.yaxis.set_major_formatter("{x:g}")
   left.minorticks_off()
-  left.legend(frameon=False, fontsize=11)
-  angle, n = 0.11, 240
-  rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-  points = rng.standard_normal((64, 2))
-  noisy = points @ rotation.T + 0.05 * rng.standard_normal((64, 2))
-  dense = np.linalg.lstsq(points, noisy, rcond=None)[0].T
-  u, _, v = np.linalg.svd(dense)
-  for gate, colour in ((dense, COLOURS[0]), (u @ v, COLOURS[2])):
-    orbit = iterate(gate[None], np.array([[1.0, 0.0]]), n)[:, 0]
-    right.plot(*orbit.T, ".", ms=3, color=colour)
-  right.plot(1, 0, "o", ms=7, mfc="none", color="black")
-  right.set(
-    aspect="equal",
-    xlabel="across the axis",
-    xticks=(-1, 0, 1),
-    yticks=(-1, 0, 1),
-    title=f"one orbit in the plane, {n} steps",
-  )
-  for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=11)
-    ax.xaxis.label.set_size(12)
-    ax.yaxis.label.set_size(12)
+  styled(left, "lengths, 12 channels, noise 0.05", "steps", "|y| / |x|", "upper left")
+  _orbit(right, rng)
   return figure
+
+
+def _orbit(ax, rng, steps: int = 250):
+  """Draws a sphere from outside with one orbit on it and one that leaves it; the far side is paler."""
+  angle = 0.11
+  true = rotation(np.array([[np.cos(angle / 2), 0, 0, np.sin(angle / 2)]]))[0]
+  x = rng.standard_normal((64, 3))
+  dense = np.linalg.lstsq(x, x @ true.T + 0.05 * rng.standard_normal(x.shape), rcond=None)[0].T
+  u, _, v = np.linalg.svd(dense)
+  # Seen from 30 degrees above the equator.
+  tilt = np.radians(30)
+  across, up, near = np.eye(3)[0], np.array([0, np.sin(tilt), np.cos(tilt)]), np.array([0, -np.cos(tilt), np.sin(tilt)])
+  circle = np.linspace(0, 2 * np.pi, 200)
+  ax.plot(np.cos(circle), np.sin(circle), color="0.6", lw=1)
+  for height in (-0.5, 0, 0.5):
+    ring = np.stack([np.cos(circle), np.sin(circle), 0 * circle], 1) * (1 - height**2) ** 0.5 + [0, 0, height]
+    ring[ring @ near < 0] = np.nan
+    ax.plot(ring @ across, ring @ up, color="0.8", lw=0.8)
+  start = np.array([[np.cos(0.5), 0, np.sin(0.5)]])
+  for gate, colour, label in ((dense, ORANGE, "dense"), (u @ v, BLUE, "rotor")):
+    points = iterate(gate[None], start, steps)[:, 0]
+    # An orbit that grows is cut at twice the size of the sphere.
+    points = points[np.linalg.norm(points, axis=1) < 2]
+    front = points @ near > 0
+    for side, alpha in ((front, 1), (~front, 0.3)):
+      ax.plot(points[side] @ across, points[side] @ up, ".", ms=4, color=colour, alpha=alpha, mec="none")
+    ax.plot([], [], ".", ms=9, color=colour, label=label)
+  ax.plot(start @ across, start @ up, "o", ms=8, mfc="none", color="black", label="start")
+  ax.set(aspect="equal")
+  ax.axis("off")
+  ax.set_title(f"Im x on the sphere, {steps} steps", fontsize=13)
+  ax.legend(frameon=False, fontsize=11, loc="lower center", bbox_to_anchor=(0.5, -0.16), ncols=3, handletextpad=0.1)
 
 
 DEMO = Demo(
@@ -232,4 +252,10 @@ DEMO = Demo(
   claims=CLAIMS,
   plots=(iterated_gates,),
   refs=("Hamilton 1844", "Su et al. 2021, arXiv 2104.09864", "Miyato et al. 2023, arXiv 2310.10375"),
+  not_shown=(
+    ("whether training finds such frames", "20 minutes: python -m train.experiment quaternion_frames"),
+    ("speed of a whole layer", "needs a quiet machine: python -m train.bench speed --attention=quaternion"),
+    ("pieces of 1, 3 and 8 tokens, bfloat16, zero inputs, memory", "checked by tests/test_quaternion.py"),
+    ("other options than the default", "tests/test_conformance.py runs the claims on variants"),
+  ),
 )

@@ -1,186 +1,136 @@
 """The reversible demo: memory that does not grow with depth, exact inversion, one leak, and bits that are not lost."""
 
-import argparse
 import dataclasses
 import functools
-import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from demos.demo import Demo
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
+from demos.reversible_training import SYMBOLS, compression, influences, leak_lines, leak_losses
 from mgr_jax.algebra import bits, bits_claims, bits_valve, reversible_claims, symplectic, symplectic_claims
-from mgr_jax.attention.mechanism import rms_norm
-from mgr_jax.claims import relative_difference
-from mgr_jax.config import GPTConfig
-from mgr_jax.model import compress, gpt, stack
-from mgr_jax.model import reversible_claims as stack_claims
-from mgr_jax.model import symplectic as kicks
+from mgr_jax.claims import largest_difference, relative_difference
+from mgr_jax.model import gpt, reversible, stack
+from mgr_jax.model import reversible_claims as stacks
 from mgr_jax.model import symplectic_claims as kick_claims
-from mgr_jax.params import init_params
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-CLAIMS = (
-  stack_claims.CLAIMS + reversible_claims.CLAIMS + symplectic_claims.CLAIMS + kick_claims.CLAIMS + bits_claims.CLAIMS
+CLAIMS = stacks.CLAIMS + reversible_claims.CLAIMS + symplectic_claims.CLAIMS + kick_claims.CLAIMS + bits_claims.CLAIMS
+
+# Streams and what is inside F and G.
+PAIRS = (
+  ("int32", "float32"),
+  ("int32", "bfloat16"),
+  ("float32", "float32"),
+  ("float32", "bfloat16"),
+  ("bfloat16", "bfloat16"),
 )
-
-BLOCK = GPTConfig(vocab_size=128, seq_len=64, n_layer=32, n_head=2, n_kv_head=2, n_embd=32)
-BATCH = 4
-DEPTHS = (8, 32)
-PLANS = {"plain": {}, "remat": {"remat": "full"}, "reversible": {"attention": "reversible"}}
-
-SYMBOLS = 4
-LEAK = GPTConfig(vocab_size=SYMBOLS, seq_len=16, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, mlp_ratio=1)
-
-TEXT = GPTConfig(vocab_size=256, seq_len=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, attention="reversible")
+LAYERS = (1, 4, 16, 64)
 
 
-_block = functools.partial(dataclasses.replace, BLOCK)
+def memory_table() -> str:
+  """Temporary bytes of the compiled gradient by plan and depth, in tensors B·T·C, and how they grow."""
+  unit = 4 * stacks.BATCH * stacks.BLOCKS.seq_len * stacks.BLOCKS.n_embd
+  lines = []
+  for plan in stacks.PLANS:
+    sizes = "".join(f"{stacks.depth_bytes(plan, depth) / unit:9.1f}" for depth in stacks.DEPTHS)
+    lines.append(f"    {plan:<12}{sizes}   {growth(plan)}")
+  return "\n".join(lines)
 
 
-def _objective(params, x_BTC, witness, cfg):
-  """Mean square of a stack's output. The gradient in `witness` is what the backward pass failed to reconstruct."""
-  ctx = gpt.context(jnp.arange(x_BTC.shape[1])[None, :], cfg)
-  y, _ = stack.forward(params, x_BTC, ctx.replace(shared=ctx.shared | {"witness": witness}), cfg)
-  return jnp.mean(jnp.square(y.astype(jnp.float32) - 1))
+def growth(plan: str) -> str:
+  """How many tensors B·T·C a layer adds, or for groups of √L layers a unit of √L."""
+  if plan != "√L remat":
+    return f"{stacks.depth_slope(plan):.2f} per layer"
+  rise = np.sqrt(stacks.DEPTHS[-1]) - np.sqrt(stacks.DEPTHS[0])
+  return f"{stacks.depth_slope(plan) * (stacks.DEPTHS[-1] - stacks.DEPTHS[0]) / rise:.2f} times √L"
 
 
-def _inputs(key, cfg):
-  """Parameters (none zero) and input of a stack."""
-  params = init_params(key, stack.specs(cfg))
-  params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(key, p.shape), params)
-  return params, jax.random.normal(key, (BATCH, cfg.seq_len, cfg.n_embd)), jnp.zeros(2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _round_trips(params, x, cfg, state):
+  """Largest deviation of the input after a stack and its inverse, for each of `LAYERS`; layers differ."""
+  (run,) = stack.runs(dataclasses.replace(cfg, n_layer=1))
+  stages, opts = stack.stages_of(cfg, (run,)), run.wrap
+  ctx = gpt.context(jnp.arange(x.shape[1])[None, :], cfg)
+  params = gpt.cast(params, cfg)["runs"]
+  layer = lambda i: jax.tree.map(lambda p: jax.lax.dynamic_slice_in_dim(p, i, 1), params)
+  streams = reversible.enter(x, opts)
+  if state == "bfloat16":
+    streams = tuple(s._replace(value=s.value.astype(jnp.bfloat16)) for s in streams)
+  number = lambda s: s.value.astype(jnp.float32) if s.exact is None else s.exact * 2.0**-opts.frac_bits
 
+  def trip(depth):
+    forth = lambda i, s: reversible.advance(stages, layer(i), s, ctx, opts)
+    back = lambda i, s: reversible.retreat(stages, layer(depth - 1 - i), s, ctx, opts)
+    found = jax.lax.fori_loop(0, depth, back, jax.lax.fori_loop(0, depth, forth, streams))
+    return jnp.max(jnp.abs(jnp.stack([number(a) - number(b) for a, b in zip(found, streams, strict=True)])))
 
-def _compiled(function, *args):
-  """Compiles for arguments like these, quickly: buffers are laid out as always, but machine code is not optimised."""
-  return jax.jit(function).lower(*args).compile({"xla_backend_optimization_level": 0})
-
-
-@functools.cache
-def _gradient(cfg):
-  """The compiled gradient in parameters, input and witness."""
-  shapes = jax.eval_shape(functools.partial(_inputs, cfg=cfg), jax.random.key(0))
-  return _compiled(jax.grad(functools.partial(_objective, cfg=cfg), (0, 1, 2)), *shapes)
-
-
-def temp_bytes(plan: str, depth: int) -> int:
-  """Temporary memory of the gradient of a stack, in bytes, as the compiler states it."""
-  return _gradient(_block(n_layer=depth, **PLANS[plan])).memory_analysis().temp_size_in_bytes
-
-
-def memory_slopes() -> dict[str, float]:
-  """Per layer, in tensors of B·T·C float32 numbers."""
-  unit = 4 * BATCH * BLOCK.seq_len * BLOCK.n_embd * (DEPTHS[1] - DEPTHS[0])
-  return {plan: (temp_bytes(plan, DEPTHS[1]) - temp_bytes(plan, DEPTHS[0])) / unit for plan in PLANS}
-
-
-def reconstruction(key) -> tuple[str, float]:
-  """A table of reconstruction errors after 32 layers, and how far gradients differ from automatic differentiation."""
-  run = lambda **fields: _gradient(_block(**fields))(*_inputs(key, _block(**fields)))
-  gradients, lines = {}, []
-  arms = ("reversible", "float32"), ("reversible", "bfloat16"), ("reversible(state=float32)", "bfloat16")
-  for attention, dtype in arms:
-    gradients[dtype] = run(attention=attention, compute_dtype=dtype)
-    words, worst = gradients[dtype][2]
-    lines.append(f"    {attention:<26}{dtype:<9} inside{int(words):8,} numbers differ, by at most {worst:.0e}")
-  automatic = run(attention="reversible(state=float32, backward=autodiff)")
-  return "\n".join(lines), relative_difference(gradients["float32"][:2], automatic[:2])
-
-
-def sum_kick(params, q, ctx):
-  """∇_q Σ_t V_t, symplectic for all tokens together."""
-  options = {"lambda_min": 0.05, "impl": "reference"}
-  return jax.grad(lambda q: jnp.sum(kicks.potential(params, q, ctx, LEAK, **options)))(q)
-
-
-def causal_kick(params, q, ctx):
-  """∇_{q_t} V_t with earlier tokens held fixed."""
-  return kicks.grad_V(params, q, ctx, LEAK, lambda_min=0.05)
-
-
-def _leak_loss(params, tokens, kick):
-  """Next-token loss of one symplectic layer, nats per token."""
-  ctx = gpt.context(jnp.arange(tokens.shape[1])[None, :], LEAK)
-  q = p = rms_norm(params["embed"][tokens])
-  p = p - kick(params["attention"], q, ctx)
-  q = q + kicks.grad_T(params["mlp"], p, LEAK, lambda_min=0.05)
-  logits = rms_norm(q)[:, :-1] @ params["head"]
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
-
-
-def _train(loss, params, key, draw, steps: int, rate: float):
-  """Adam with a cosine, on a fresh batch `draw(key)` per step."""
-  optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
-
-  def step(carry, key):
-    params, state = carry
-    value, gradient = jax.value_and_grad(loss)(params, draw(key))
-    updates, state = optimizer.update(gradient, state)
-    return (optax.apply_updates(params, updates), state), value
-
-  (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))
-  return params, losses
-
-
-def _leak_training(key, kick):
-  keys = jax.random.split(key, 3)
-  shape = (LEAK.n_embd, SYMBOLS)
-  params = init_params(keys[0], kicks.kick_specs(LEAK))
-  params |= {"head": jax.random.normal(keys[1], shape) / 4, "embed": jax.random.normal(keys[1], shape).T}
-  params["attention"]["gate"] += 0.5
-  draw = lambda key: jax.random.randint(key, (32, LEAK.seq_len), 0, SYMBOLS)
-  return _train(functools.partial(_leak_loss, kick=kick), params, keys[2], draw, 150, 0.02)[1]
+  return jax.lax.map(trip, jnp.array(LAYERS))
 
 
 @functools.cache
-def leak_losses(kick) -> np.ndarray:
-  """Losses of 150 training steps, each on random tokens never seen before."""
-  key = jax.random.key(0)
-  return np.asarray(_compiled(functools.partial(_leak_training, kick=kick), key)(key))
+def round_trips() -> dict[tuple[str, str], np.ndarray]:
+  """Largest deviation of the reconstructed input after 1 to 64 layers, by streams and what is inside.
+
+  Streams in bfloat16, which the library refuses, are made here by hand.
+  """
+  cfg = dataclasses.replace(stacks.BLOCKS, n_layer=LAYERS[-1], attention="reversible")
+  case = stacks.stack_case(jax.random.key(0), cfg)
+  errors = {}
+  for state, inside in PAIRS:
+    options = "" if state == "int32" else ", state=float32"
+    arm = dataclasses.replace(cfg, attention=f"reversible({stacks.DENSE}{options})", compute_dtype=inside)
+    errors[state, inside] = np.asarray(_round_trips(*case, arm, state))
+  return errors
+
+
+def round_trip_table() -> str:
+  shown = lambda error: f"{error:9.0e}" if error else f"{'0':>9}"
+  return "\n".join(
+    f"    {state:<10}{inside:<10}" + "".join(map(shown, errors)) for (state, inside), errors in round_trips().items()
+  )
+
+
+def gradient_table(key) -> str:
+  """How far gradients by reconstruction are from those of a stack that stores its layers."""
+  rows = (
+    ("float32", "float32", stacks.FLOAT, stacks.FLOAT),
+    ("int32", "float32", dataclasses.replace(stacks.FLOAT, attention=stacks.EXACT.attention), stacks.FLOAT),
+  )
+  lines = []
+  for state, inside, cfg, other in rows:
+    case = stacks.stack_case(key, cfg)
+    off = relative_difference(*(stacks.stack_gradient(*case, c)[:2] for c in (cfg, stacks.stored(other))))
+    lines.append(f"    {state:<10}{inside:<10}{cfg.n_layer:6d} layers {off:9.0e}")
+  return "\n".join(lines)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _stack(params, x, cfg):
+  return stacks.run_stack(params, x, jnp.zeros(2), cfg)
+
+
+def half_and_full(key) -> tuple[float, float]:
+  """Difference of a full stack at C from the half stack at 2C with the same parameters, and the size of the output."""
+  full = dataclasses.replace(stacks.SMALL, n_layer=2, attention=f"reversible({stacks.DENSE}, state=float32)")
+  twice = {name: 2 * getattr(full, name) for name in ("n_embd", "n_head", "n_kv_head")}
+  half = dataclasses.replace(full, attention=f"reversible({stacks.DENSE}, state=float32, streams=half)", **twice)
+  params, x = stacks.stack_case(key, full)
+  y = np.asarray(_stack(params, x, full))
+  first, second = np.split(np.asarray(_stack(params, np.concatenate([x, x], -1), half)), 2, -1)
+  return largest_difference((first + second) / 2, y), float(np.max(np.abs(y)))
 
 
 @functools.cache
 def energies() -> dict[str, np.ndarray]:
-  """Largest change of energy in 1000 layers, by step size; in 256 layers for equal signs."""
+  """|H - H_0| after 1 to 1000 layers by step size, [layers, sizes]; 256 layers for equal signs."""
   rng = np.random.default_rng(0)
   system, (q, p) = symplectic_claims.Pendulum(rng), rng.uniform(0.5, 1, (2, 2))
-  band = functools.partial(symplectic_claims.energy_bands, system, q=q, p=p)
-  found = {step.__name__: band(step, layers=1000) for step in (symplectic.euler, symplectic.leapfrog)}
-  return found | {"equal signs": band(symplectic_claims.equal_signs, layers=256)}
-
-
-def _train_bytes(key, text):
-  starts = lambda key: jax.random.randint(key, (16, 1), 0, len(text) - TEXT.seq_len)
-  windows = lambda key: text[starts(key) + jnp.arange(TEXT.seq_len)]
-
-  def loss(params, tokens):
-    before = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-    return gpt.loss(params, {"tokens": before, "targets": tokens}, TEXT)[0]
-
-  return _train(loss, gpt.init(key, TEXT), key, windows, 200, 0.01)[0]
-
-
-def compression(key) -> str:
-  """Trains on Python's own source, compresses 2,048 bytes that were held out, and decodes random bits."""
-  text = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np.int32)
-  train, held_out = text[:-2048], text[-2048:]
-  params = _compiled(_train_bytes, key, train)(key, train)
-  rows = held_out.reshape(-1, TEXT.seq_len)
-  batch = {"tokens": np.pad(rows, ((0, 0), (1, 0)))[:, :-1], "targets": rows}
-  entropy = float(jnp.mean(gpt.nll(params, batch, TEXT))) / np.log(2)
-  archive = compress.compress(params, held_out, TEXT, start=0)
-  restored = compress.decompress(params, archive, TEXT, start=0)
-  exact = "every byte" if np.array_equal(restored, held_out) else "NOT every byte"
-  noise = bits.Tape.random(2, 1024, np.random.default_rng(0))
-  sample = compress.decode_tokens(params, noise, 2048, TEXT, start=0)[: TEXT.seq_len]
-  shown = bytes(sample.astype(np.uint8)).decode(errors="replace")
-  return f"""\
-    cross-entropy {entropy:.3f} bits per byte; archive {8 * len(archive) / 2048:.3f}, header and lanes included; \
-{exact} restored
-    the same decoder on random bits: {shown!r}"""
+  path = functools.partial(symplectic_claims.energy_path, system, q=q, p=p)
+  found = {step.__name__: path(step, layers=1000) for step in (symplectic.euler, symplectic.leapfrog)}
+  return found | {"equal signs": path(symplectic_claims.equal_signs, layers=256)}
 
 
 def ledger() -> str:
@@ -199,101 +149,128 @@ def ledger() -> str:
 
 
 def story(key: jax.Array) -> str:
-  slopes = memory_slopes()
-  table, gradient = reconstruction(key)
-  losses = {kick: leak_losses(kick)[-20:].mean() for kick in (causal_kick, sum_kick)}
-  bands = energies()
-  order = {name: symplectic_claims.order(band) for name, band in bands.items()}
-  blown_up = bands["equal signs"][0]
-  memory = "\n".join(
-    f"    {plan:<12}{temp_bytes(plan, DEPTHS[0]):12,}{temp_bytes(plan, DEPTHS[1]):12,}{slopes[plan]:10.2f}"
-    for plan in PLANS
-  )
+  # Compiling releases Python's lock, and this table needs nothing else: it is made beside the other parts.
+  with ThreadPoolExecutor(1) as beside:
+    memory = beside.submit(memory_table)
+    errors, gradients, leaks = round_trip_table(), gradient_table(key), leak_lines()
+    apart, size = half_and_full(key)
+    bits_text = compression(key)
+  paths = energies()
+  order = {name: symplectic_claims.order(path.max(axis=0)) for name, path in paths.items()}
+  depths = lambda numbers, width: "".join(f"{n:{width}d}" for n in numbers)
   return f"""\
 What it is. Two streams, x1 <- x1 + F(x2) and x2 <- x2 + G(x1). Any F and G give a bijection; the
 backward pass computes the inputs of a layer from its outputs instead of storing them, at the price
 of one more forward pass. It is a property of the stack and wraps any mechanism.
 
 What it is not. Determinant one bounds no gradient, and the stack is no density model. Recomputing
-each layer from a stored input (remat) costs as much time and stores one tensor per layer: that,
-not the plain stack, is what reversibility competes with.
+each layer from a stored input (remat) costs as much time and stores one tensor per layer, groups of
+√L layers store 2√L: those, not the plain stack, are what reversibility competes with.
 
-Temporary bytes of the compiled gradient     {DEPTHS[0]:>3} and {DEPTHS[1]:>3} layers    B·T·C tensors per layer
-{memory}
+Temporary memory of the compiled gradient, in tensors B·T·C
+    layers      {depths(stacks.DEPTHS, 9)}
+{memory.result()}
 
-Reconstruction after {BLOCK.n_layer} layers, read from the backward pass itself
-{table}
+Largest error of the reconstructed input
+    streams   inside    {depths(LAYERS, 9)} layers
+{errors}
     In floating point an error of one bit flips a rounding inside; integers make no error.
-    Gradients along them differ from automatic differentiation in float32 by {gradient:.0e}, relatively.
 
-A leak. On uniformly random tokens no causal model gets below log {SYMBOLS} = {np.log(SYMBOLS):.3f} nats
-    causal kicks                          {losses[causal_kick]:.3f} on fresh tokens
-    kicks symplectic for all tokens       {losses[sum_kick]:.3f}, for they read the token they predict
+Gradients by reconstruction, relative difference from float streams that are stored
+    streams   inside
+{gradients}
+
+Half streams at twice the width are full streams: outputs up to {size:.1f} differ by {apart:.0e}
+
+A leak. On random tokens no causal model gets below log {SYMBOLS} = {np.log(SYMBOLS):.3f} nats on fresh data
+{leaks}
     A causal kick is symplectic for each token given its past, and no more can be had.
 
 Energy of one token, layers that share parameters: the band narrows with the step h
     symplectic Euler as h^{order["euler"]:.2f}, leapfrog as h^{order["leapfrog"]:.2f}
-    At h = 0.2 it is {bands["euler"][0]:.2f} for Euler; equal signs of both kicks make it {blown_up:.0e} in 256 layers.
+    At h = 0.2 it is {paths["euler"][:, 0].max():.2f} for Euler; equal signs of both kicks make it \
+{paths["equal signs"][:, 0].max():.0e} in 256 layers.
 
 Bits. A small byte model on a reversible stack, trained on a Python module
-{compression(key)}
+{bits_text}
     A valve replaces half a state by fresh draws; what it forgets is on the tape, bits per entry:
 {ledger()}
 """
 
 
-def memory_and_energy(key: jax.Array):
-  """Temporary memory against depth; energy bands against the step, with lines of slope one and two."""
+def memory_and_error(key: jax.Array):
+  """Temporary memory and reconstruction error against depth."""
   del key
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(8, 3.6), layout="constrained")
+  figure = Figure(figsize=(9, 3.9), layout="constrained")
   left, right = figure.subplots(1, 2)
-  slopes = memory_slopes()
-  megabytes_of_plain = temp_bytes("plain", DEPTHS[-1]) / 2**20
-  for plan, colour, marker in zip(PLANS, (RED, ORANGE, BLUE), "sDo", strict=True):
-    megabytes = [temp_bytes(plan, depth) / 2**20 for depth in DEPTHS]
-    left.plot(DEPTHS, megabytes, marker + "-", color=colour, label=f"{plan}, {slopes[plan]:.2f} per layer")
-  left.set(xlabel="layers", ylabel="temporary memory, MiB", ylim=(0, 1.5 * megabytes_of_plain), xticks=DEPTHS)
-  left.set_title("gradient of a stack", fontsize=13)
-  for name, colour, marker in (("euler", GREEN, "s"), ("leapfrog", BLUE, "o")):
-    right.loglog(symplectic_claims.STEPS, energies()[name], marker + "-", color=colour, label=name)
-  right.set(xlabel="step h", ylabel="largest change of energy", xticks=symplectic_claims.STEPS)
-  right.xaxis.set_major_formatter("{x:g}")
-  right.minorticks_off()
-  right.set_title("1000 layers, one token", fontsize=13)
-  _tidy(left, right)
+  looks = ((ORANGE, "s-"), (PINK, "D--"), (GREEN, "^-."), (BLUE, "o-"))
+  for plan, (colour, look) in zip(stacks.PLANS, looks, strict=True):
+    sizes = [stacks.depth_bytes(plan, depth) / 2**20 for depth in stacks.DEPTHS]
+    left.loglog(stacks.DEPTHS, sizes, look, color=colour, label=f"{plan}, {growth(plan)}")
+  left.set_ylim(top=20 * left.get_ylim()[1])
+  styled(left, "memory of the gradient", "layers", "temporaries, MiB", "upper left")
+  _depth_axis(left, stacks.DEPTHS)
+  looks = ((BLUE, "o-"), (BLUE, "s--"), (GREEN, "^-"), (ORANGE, "D--"), (PINK, "v--"))
+  floor = 1e-8
+  for (state, inside), (colour, look) in zip(PAIRS, looks, strict=True):
+    errors = np.maximum(round_trips()[state, inside], floor)
+    right.loglog(LAYERS, errors, look, color=colour, label=f"{state}, {inside} inside", clip_on=False, zorder=3)
+  right.set(ylim=(floor, 1e8), yticks=[floor, 1e-6, 1e-4, 1e-2, 1], yticklabels=["0", "1e-6", "1e-4", "0.01", "1"])
+  styled(right, "error of the reconstructed input", "layers", "largest deviation", "upper left")
+  _depth_axis(right, LAYERS)
   return figure
+
+
+def _depth_axis(ax, depths):
+  ax.set_xticks(depths, map(str, depths))
+  ax.minorticks_off()
 
 
 def leak(key: jax.Array):
-  """Influence of tokens on kicks, and training on random tokens: below the dashed line there is only leakage."""
+  """What tokens do to kicks before and after them, and training on random tokens, where only a leak pays."""
+  del key
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(10, 3.4), layout="constrained")
-  first, second, third = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
-  arms = (("causal kick", kick_claims.causal_kick, causal_kick), ("sum kick", kick_claims.sum_kick, sum_kick))
-  with jax.enable_x64(True):
-    case = kick_claims.case(np.random.default_rng(0))
-    for ax, (name, kick, _) in zip((first, second), arms, strict=True):
-      ax.imshow(np.asarray(kick_claims.influence(kick, case.params, case.q)), cmap="Blues", vmin=0)
-      ax.set(xlabel="token s", ylabel="kick t")
-      ax.set_title(name, fontsize=13)
-  for (name, _, kick), colour in zip(arms, (BLUE, RED), strict=True):
-    third.plot(leak_losses(kick), color=colour, lw=1.5, label=name)
-  third.axhline(np.log(SYMBOLS), color="0.3", ls="--", lw=1.5)
-  third.set(xlabel="step", ylabel="loss on random tokens, nats")
-  _tidy(third)
+  figure = Figure(figsize=(9, 3.7), layout="constrained")
+  bars, training = figure.subplots(1, 2)
+  far = kick_claims.T - 1
+  for (name, size), colour, shift in zip(influences().items(), (BLUE, ORANGE), (-0.2, 0.2), strict=True):
+    bars.bar(np.arange(-far, far + 1) + shift, size, 0.4, color=colour, label=name)
+    training.plot(leak_losses(name), "-" if colour == BLUE else "--", color=colour, lw=1.8, label=f"symplectic {name}")
+  bars.axvline(0.5, color="0.3", lw=1, ls=":")
+  bars.text(0.65, 0.95 * bars.get_ylim()[1], "the future", fontsize=11, va="top")
+  styled(bars, "what reaches the kick at t", "token s - t", "largest |∂ kick / ∂ q|", "upper left")
+  training.axhline(np.log(SYMBOLS), color="0.3", ls=":", lw=1.5)
+  training.text(150, np.log(SYMBOLS) + 0.04, f"log {SYMBOLS}", fontsize=11, ha="right")
+  styled(training, "training on random tokens", "step", "loss, nats per token", "upper right")
   return figure
 
 
-def _tidy(*axes):
-  for ax in axes:
-    ax.legend(frameon=False, fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=12)
-    ax.xaxis.label.set_size(13)
-    ax.yaxis.label.set_size(13)
+def energy(key: jax.Array):
+  """Change of the energy along depth at h = 0.2, and its largest against the step."""
+  del key
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 3.7), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  steps, names = symplectic_claims.STEPS, {"euler": "symplectic Euler", "leapfrog": "leapfrog"}
+  looks = {"euler": (GREEN, "s-"), "leapfrog": (BLUE, "o-."), "equal signs": (ORANGE, "--")}
+  for name, path in energies().items():
+    colour, look = looks[name]
+    left.semilogy(np.arange(1, 257), path[:256, 0], look.strip("so"), color=colour, lw=1.5, label=names.get(name, name))
+    if name in names:
+      band = path.max(axis=0)
+      label = f"{names[name]}, slope {symplectic_claims.order(band):.2f}"
+      right.loglog(steps, band, look, color=colour, label=label)
+  left.set_ylim(bottom=1e-5)
+  styled(left, f"one orbit, h = {steps[0]:g}", "layers", "change of energy", "center right")
+  right.set_ylim(top=8 * right.get_ylim()[1])
+  styled(right, "1000 layers", "step h", "largest change of energy", "upper left")
+  right.set_xticks(steps, [f"{h:g}" for h in steps])
+  right.minorticks_off()
+  return figure
 
 
 DEMO = Demo(
@@ -301,6 +278,24 @@ DEMO = Demo(
   summary="stacks that are inverted instead of stored, and what symplectic layers can and cannot be",
   story=story,
   claims=CLAIMS,
-  plots=(memory_and_energy, leak),
-  refs=("Gomez et al., 2017, arXiv 1707.04585", "Kitaev et al., 2020, arXiv 2001.04451"),
+  plots=(memory_and_error, leak, energy),
+  refs=(
+    "Gomez et al., 2017, arXiv 1707.04585",
+    "Kitaev et al., 2020, arXiv 2001.04451",
+    "Chen et al., 2016, arXiv 1604.06174 (groups of √L layers)",
+  ),
+  not_shown=(
+    (
+      "time per step beside memory",
+      "needs a quiet machine; python -m train.bench speed --attention=reversible measures it",
+    ),
+    ("every mechanism inside the wrapper, and three in one stack", "checked by tests/test_reversible.py"),
+    (
+      "ten thousand round trips, and steps that equal the whole pass in every mode",
+      "checked by tests/test_reversible.py",
+    ),
+    ("the witness against a separate inverse program", "checked by tests/test_reversible.py"),
+    ("a valve that is cut short, damaged archives", "checked by tests/test_bits.py"),
+    ("quality against a plain stack", "needs an hour; python -m train.experiment reversible_quality trains it"),
+  ),
 )

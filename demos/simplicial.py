@@ -2,20 +2,54 @@
 
 import functools
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from demos.demo import Demo
-from mgr_jax.algebra import hodge, homology, mixer, simplicial
-from mgr_jax.algebra.simplicial_claims import CLAIMS, SPACES
-from mgr_jax.algebra.trilinear import mutual_information
-from mgr_jax.attention.simplicial_form_claims import MODULUS, match3_head, match3_temperature, planted_triples
+from demos.figures import BLUE, GREEN, ORANGE, PINK, styled
+from mgr_jax.algebra import homology, mixer, simplicial
+from mgr_jax.algebra.simplicial_claims import CLAIMS, SPACES, edge_split, mixer_case, parity, run_mixer
+from mgr_jax.algebra.trilinear import CHARGES
+from mgr_jax.attention import resolve
+from mgr_jax.attention.mechanism import projection_cost
+from mgr_jax.attention.simplicial_chain_claims import additivity
+from mgr_jax.attention.simplicial_form_claims import (
+  MODULUS,
+  ROWS,
+  information_of,
+  match3_head,
+  match3_temperature,
+  planted_mass,
+  planted_triples,
+  score_drift,
+)
+from mgr_jax.attention.simplicial_linear_claims import order_contrast
+from mgr_jax.config import GPTConfig
 
-ROWS, COLUMNS = 6, 8
-# Okabe and Ito: told apart with every common form of colour blindness.
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+SQUARES_DOWN, SQUARES_ACROSS = 6, 8
+ROTATIONS = {
+  "balanced charges, complex": (CHARGES, "complex"),
+  "ordinary rotary, complex": (((1, 1, 1),), "complex"),
+  "ordinary rotary, Hadamard": (((1, 1, 1),), "hadamard"),
+}
+LENGTHS = (256, 1024, 4096, 16384)
+COSTS = {
+  "standard": "standard",
+  "two_hop": "simplicial(mode=two_hop)",
+  "trilinear": "simplicial",
+  "linear2": "simplicial(mode=linear2)",
+}
+
+
+def _size(x: float) -> str:
+  return f"{x:.2f}" if x >= 0.01 else f"{x:.0e}"
+
+
+def rng_of(key: jax.Array) -> np.random.Generator:
+  """NumPy's generator of a key: nothing to compile for what it draws."""
+  return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def group_text(rank: int, torsion: tuple[int, ...]) -> str:
@@ -40,22 +74,20 @@ def betti_table() -> str:
 
 @functools.cache
 def surface() -> simplicial.Complex:
-  return simplicial.grid_torus(ROWS, COLUMNS)
+  return simplicial.grid_torus(SQUARES_DOWN, SQUARES_ACROSS)
 
 
 @functools.cache
 def flow_parts() -> dict[str, np.ndarray]:
   """One unit sent along one path on the torus, edge by edge, and the Hodge parts of that flow."""
   complex_ = surface()
-  D1, D2 = (simplicial.boundary(complex_, k) for k in (1, 2))
-  vertices = [COLUMNS + c for c in range(1, 7)] + [r * COLUMNS + 6 for r in range(2, 5)]
+  vertices = [SQUARES_ACROSS + c for c in range(1, 7)] + [r * SQUARES_ACROSS + 6 for r in range(2, 5)]
   index, flow = complex_.index(1), np.zeros(complex_.size(1))
   for a, b in itertools.pairwise(vertices):
     flow[index[min(a, b), max(a, b)]] = 1 if a < b else -1
   with jax.enable_x64(True):
-    p, h, q = hodge.hodge_decompose(complex_, jnp.asarray(flow), 1)
-    parts = {"flow": flow, "gradient": D1.transpose(p), "curl": D2.apply(q), "harmonic": h}
-    return {name: np.asarray(part) for name, part in parts.items()}
+    gradient, harmonic, curl = map(np.asarray, edge_split(complex_, flow))
+  return {"flow": flow, "gradient": gradient, "curl": curl, "harmonic": harmonic}
 
 
 def energies() -> str:
@@ -68,40 +100,96 @@ def energies() -> str:
 
 def ring(key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   """Noisy points on a circle, and their distances."""
-  turn, noise = jax.random.split(key)
-  angles = 2 * np.pi * (np.arange(28) + np.asarray(jax.random.uniform(turn, (28,)))) / 28
-  points = np.stack([np.cos(angles), np.sin(angles)], axis=1) + 0.08 * np.asarray(jax.random.normal(noise, (28, 2)))
+  rng = rng_of(key)
+  angles = 2 * np.pi * (np.arange(28) + rng.uniform(size=28)) / 28
+  points = np.stack([np.cos(angles), np.sin(angles)], axis=1) + 0.08 * rng.standard_normal((28, 2))
   return points, np.sqrt(np.sum(np.square(points[:, None] - points), axis=-1))
 
 
-def mixed_masses(key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-  """Mass on vertices, edges and triangles of the torus before and after three layers of the mixer."""
-  complex_ = surface()
-  keys = jax.random.split(key, complex_.dim + 2)
-  params = mixer.init_mixer(keys[0], 3, complex_.dim + 1, 4)
-  features = tuple(jax.random.normal(k, (n, 4)) for k, n in zip(keys[1:], complex_.sizes, strict=True))
-  before = mixer.Levels(features, tuple(jnp.ones(n) for n in complex_.sizes))
-  after = jax.jit(mixer.mix)(params, before, simplicial.boundaries(complex_))
-  totals = lambda state: np.array([float(jnp.sum(m)) for m in state.masses])
-  return totals(before), totals(after)
+def mass_trace(key: jax.Array, times: int = 3) -> np.ndarray:
+  """Mass on vertices, edges and triangles of the seven-vertex torus, and after each three layers, [times+1, 3]."""
+  complex_ = simplicial.torus()
+  params, state = mixer_case(rng_of(key), complex_)
+  state = mixer.Levels(state.features, tuple(np.ones(n, np.float32) for n in complex_.sizes))
+  trace = [state]
+  for _ in range(times):
+    trace.append(run_mixer(params, trace[-1], simplicial.boundaries(complex_)))
+  return np.array([[np.sum(np.float64(m)) for m in state.masses] for state in trace])
 
 
-def heads(key: jax.Array, cases: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-  """Planted pairs [cases, 2], and the weights [cases, i, j] of a three-way and of a pairwise hand-built head."""
-  x, pairs = planted_triples(np.random.default_rng(np.asarray(jax.random.key_data(key))), cases)
-  weights = (match3_head(x, match3_temperature(), pairwise)[..., ::-1] for pairwise in (False, True))
-  return pairs, tuple(weights)
+def mass_lines(key: jax.Array) -> str:
+  return "\n".join(
+    f"    after {3 * i} layers   " + " + ".join(f"{x:5.2f}" for x in row) + f" = {row.sum():.4f}"
+    for i, row in enumerate(mass_trace(key))
+  )
+
+
+def parity_lines(key: jax.Array) -> str:
+  found = parity(rng_of(key))
+  odd = np.unique(found.odd)
+  odd = f"{odd[0]:.4f}" if len(odd) == 1 else f"{odd[0]:.4f} to {odd[-1]:.4f}"
+  return f"16 odd readouts {odd} each, majority rate {found.majority:.4f}, squares {found.even:.3f}"
+
+
+def heads(key: jax.Array) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Planted pairs [cases, 2], and weights [cases, i, t - j] of hand-built heads.
+
+  `marginals` is the product of the two marginals of the three-way head: the nearest that two pairwise heads come to it.
+  """
+  x, pairs = planted_triples(rng_of(key), ROWS)
+  three, two = (match3_head(x, match3_temperature(), pairwise) for pairwise in (False, True))
+  product = three.sum(2, keepdims=True) * three.sum(1, keepdims=True)
+  return pairs, {"three-way": three, "its marginals": product, "pairwise": two}
 
 
 def pair_lines(key: jax.Array) -> str:
-  """For both heads, the mass on the planted pair and the mutual information of its two tokens."""
-  pairs, weights = heads(key, 100)
-  (i, j), rows, lines = pairs.T, np.arange(100), []
-  for name, weight in zip(("three-way", "pairwise"), weights, strict=True):
-    first = weight.shape[2] - weight.shape[1]  # the windows end at the query and may differ in length
-    mass = weight[rows, i, j + first] + weight[rows, j, i + first]
-    nats = float(np.mean(np.asarray(mutual_information(weight))))
-    lines.append(f"    {name:<10} mass on the pair {mass.mean():.3f}, mutual information {nats:.3f} nats")
+  """For every head, the mass on the planted pair and the mutual information of its two tokens."""
+  pairs, weights = heads(key)
+  return "\n".join(
+    f"    {name:<14} mass on the pair {planted_mass(weight, pairs).mean():.3f}, "
+    f"mutual information {abs(information_of(weight)):.3f} nats"
+    for name, weight in weights.items()
+  )
+
+
+def hop_lines(key: jax.Array) -> str:
+  """How far outputs are from additive in the values."""
+  return "\n".join(
+    f"    {name:<22} |y(v + w) - y(v) - y(w)| = {_size(additivity(three_way)(key, 1))} of the output"
+    for name, three_way in (("A v + A² v", False), ("attention over pairs", True))
+  )
+
+
+def drifts(key: jax.Array, shifts) -> dict[str, np.ndarray]:
+  """Largest change of the three-way score when all positions move, by rotation and shift."""
+  return {name: score_drift(rng_of(key), *arms, shifts) for name, arms in ROTATIONS.items()}
+
+
+def drift_lines(key: jax.Array) -> str:
+  return "\n".join(f"    {name:<28}{_size(drift[0]):>9}" for name, drift in drifts(key, (91,)).items())
+
+
+def order_line(key: jax.Array) -> str:
+  """How far outputs for A..B and B..A are apart, over all and over increasing pairs: means of eight draws."""
+  with jax.enable_x64(True):
+    cases = [[order_contrast(rng_of(jax.random.fold_in(key, i)), order) for i in range(8)] for order in (False, True)]
+  return "over all pairs {}, over increasing pairs {}".format(*(_size(np.mean(case)) for case in cases))
+
+
+def counted(attention: str, T: int) -> float:
+  """FLOPs per token of one head of size 64 at context T without projections, from the mechanism's own count."""
+  cfg = GPTConfig(vocab_size=2, seq_len=T, n_layer=1, n_head=1, n_kv_head=1, n_embd=64, attention=attention)
+  (layer,) = resolve(cfg)
+  cost = layer.mechanism.cost(cfg, layer.options, T)
+  return cost.matmul + cost.vector - projection_cost(cfg).matmul
+
+
+def cost_lines() -> str:
+  lines = ["    tokens      " + "".join(f"{T:9d}" for T in LENGTHS) + "   grows as"]
+  for name, attention in COSTS.items():
+    flops = [counted(attention, T) for T in LENGTHS]
+    slope = np.polyfit(np.log(LENGTHS), np.log(flops), 1)[0]
+    lines.append(f"    {name:<12}" + "".join(f"{f / 1e3:9.0f}" for f in flops) + f"   T^{abs(slope):.2f}")
   return "\n".join(lines)
 
 
@@ -109,8 +197,11 @@ def story(key: jax.Array) -> str:
   loops = homology.persistence(ring(key)[1])[1]
   lengths = np.sort(loops.death - loops.birth)[::-1]
   second = f"the next longest {lengths[1]:.2f}" if len(lengths) > 1 else "there is no other"
-  before, after = mixed_masses(key)
-  masses = lambda m: " + ".join(f"{x:.1f}" for x in m) + f" = {m.sum():.3f}"
+  # Compiling releases Python's lock: two parts at once.
+  parts = (pair_lines, hop_lines, drift_lines, order_line, mass_lines, parity_lines)
+  with ThreadPoolExecutor(2) as pool:
+    flow, *texts = [pool.submit(energies), *(pool.submit(part, key) for part in parts)]
+    pairs, hops, drift, order, masses, even = [text.result() for text in texts]
   return f"""\
 What it is. A simplex is a set of tokens: a pair is an edge, a triple a triangle. The boundary of a
 boundary is zero, ∂∂ = 0, and from this alone follow the number of holes of every dimension,
@@ -123,20 +214,35 @@ Holes, exactly, by elimination over two fields
 {betti_table()}
     Where the two fields differ there is torsion: a loop that bounds nothing, though twice it does.
 
-One head, three tokens: 100 rows where one pair of earlier tokens completes the query to 0 mod {MODULUS}
-{pair_lines(key)}
-
-One unit sent along one path on a torus of {ROWS} x {COLUMNS} squares, split into three parts (energies)
-    {energies()}
+One unit sent along one path on a torus of {SQUARES_DOWN} x {SQUARES_ACROSS} squares, split into three parts (energies)
+    {flow.result()}
     The gradient is what a battery would drive between the ends. The harmonic part has no source and
     no whirl: it goes around a hole, and no local look finds it.
 
 Holes of a cloud: {len(ring(key)[0])} noisy points on a circle, joined at growing distance
     the longest loop lives for {lengths[0]:.2f}, {second}
 
-A mixer that conserves mass, three layers on the torus, over vertices + edges + triangles
-    before {masses(before)}
-    after  {masses(after)}
+Two hops are not triangles: at fixed scores they only add up values, a pair multiplies them
+{hops}
+
+One head, three tokens: {ROWS} rows where one pair of earlier tokens completes the query to 0 mod {MODULUS}
+{pairs}
+
+Positions: how far a three-way score moves when all tokens move by 91
+{drift}
+
+Order: distance of the outputs for A..B and B..A
+    {order}
+
+Cost: counted FLOPs per token of one head of size 64, in thousands, without projections
+{cost_lines()}
+
+A mixer that conserves mass, on the seven-vertex torus, over vertices + edges + triangles
+{masses}
+
+Parity: is the circulation of a flow large? The flow and its opposite have the same answer.
+    {even}
+    An odd network with a linear readout stays at one half whatever it is taught.
 """
 
 
@@ -147,40 +253,63 @@ def hodge_split(key: jax.Array):
 
   complex_ = surface()
   tail, head = complex_.simplices[1].T
-  start = np.stack([tail % COLUMNS, tail // COLUMNS], axis=1).astype(float)
-  size = np.array([COLUMNS, ROWS])
-  step = np.stack([head % COLUMNS, head // COLUMNS], axis=1) - start
+  start = np.stack([tail % SQUARES_ACROSS, tail // SQUARES_ACROSS], axis=1).astype(float)
+  size = np.array([SQUARES_ACROSS, SQUARES_DOWN])
+  step = np.stack([head % SQUARES_ACROSS, head // SQUARES_ACROSS], axis=1) - start
   step = (step + size / 2) % size - size / 2  # the short way round
   middle = (start + step / 2) % size
-  figure = Figure(figsize=(9, 6.8), layout="constrained")
+  figure = Figure(figsize=(8, 6.3), layout="constrained")
   parts = flow_parts()
   colours = ("0.25", BLUE, ORANGE, GREEN)
   for ax, (name, part), colour in zip(figure.subplots(2, 2).flat, parts.items(), colours, strict=True):
-    arrow = 0.95 * step * (part / np.max(np.abs(part)))[:, None]
+    strength = part / np.max(np.abs(part))
+    shown = np.abs(strength) > 0.03
+    arrow = (0.95 * step * strength[:, None])[shown]
     ax.quiver(
-      *(middle - arrow / 2).T, *arrow.T, angles="xy", scale_units="xy", scale=1, color=colour, width=0.006, headwidth=4
+      *(middle[shown] - arrow / 2).T, *arrow.T, angles="xy", scale_units="xy", scale=1, color=colour, width=0.007
     )
     share = np.sum(part**2) / np.sum(parts["flow"] ** 2)
     ax.set_title(name if name == "flow" else f"{name}, {share:.0%} of the energy", fontsize=13)
-    ax.set(xlim=(-0.6, COLUMNS + 0.1), ylim=(-0.6, ROWS + 0.1), aspect="equal", xticks=[], yticks=[])
+    ax.set(xlim=(-0.6, SQUARES_ACROSS + 0.1), ylim=(-0.6, SQUARES_DOWN + 0.1), aspect="equal", xticks=[], yticks=[])
   return figure
 
 
 def three_tokens(key: jax.Array):
-  """Weights of pairs (i, j) for one query, the planted pair framed; the pairwise head can only mark rows."""
+  """Weights of pairs (i, j) for one query with the planted pair framed, and those of its two marginals."""
   from matplotlib.figure import Figure
 
-  pairs, weights = heads(key, 1)
-  figure = Figure(figsize=(8, 3.9), layout="constrained")
-  for ax, weight, name in zip(figure.subplots(1, 2), weights, ("three-way", "pairwise"), strict=True):
-    first = weight.shape[2] - weight.shape[1]
-    shown = ax.imshow(weight[0][:, first:], cmap="Blues", vmin=0)
-    for i, j in (pairs[0], pairs[0][::-1]):
-      ax.plot(j, i, marker="s", ms=14, mfc="none", mec=ORANGE, mew=2)
-    ax.set_title(f"{name} head", fontsize=13)
-    ax.set_xlabel("second token j", fontsize=13)
-    ax.set_ylabel("first token i", fontsize=13)
-    figure.colorbar(shown, ax=ax, shrink=0.85)
+  pairs, weights = heads(key)
+  case = int(np.argmin(np.abs(pairs - (4, 11)).sum(1)))
+  figure = Figure(figsize=(8, 4.6), layout="constrained")
+  names = {"three-way": "three-way head", "its marginals": "product of its marginals"}
+  axes = figure.subplots(1, 2, sharey=True)
+  for ax, (name, title) in zip(axes, names.items(), strict=True):
+    weight = weights[name][case : case + 1]
+    shown = ax.imshow(weight[0][:, ::-1], cmap="Blues", vmin=0, vmax=0.5)
+    for i, j in (pairs[case], pairs[case][::-1]):
+      ax.plot(j, i, marker="s", ms=13, mfc="none", mec=ORANGE, mew=2)
+    ax.set(xticks=range(0, 16, 5), yticks=range(0, 16, 5))
+    styled(ax, f"{title}\nmutual information {abs(information_of(weight)):.2f} nats", "second token j", "", None)
+  axes[0].set_ylabel("first token i")
+  bar = figure.colorbar(shown, ax=axes, shrink=0.85)
+  bar.set_label("weight of the pair", fontsize=12)
+  return figure
+
+
+def positions(key: jax.Array):
+  """How far the three-way score moves when all positions move, for three rotations."""
+  from matplotlib.figure import Figure
+
+  shifts = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
+  figure = Figure(figsize=(7, 3.9), layout="constrained")
+  ax = figure.subplots()
+  looks = ((BLUE, "o-"), (ORANGE, "s--"), (PINK, "^-."))
+  for (name, drift), (colour, look) in zip(drifts(key, shifts).items(), looks, strict=True):
+    ax.loglog(shifts, drift, look, color=colour, label=name)
+  ax.set_ylim(1e-16, 1e3)
+  ax.set_xticks(shifts, map(str, shifts))
+  ax.minorticks_off()
+  styled(ax, "three-way score, all positions moved", "positions moved by", "largest change", "center left")
   return figure
 
 
@@ -202,14 +331,13 @@ def persistence(key: jax.Array):
   end, row = 1.1 * loops.death.max(), 0
   for found, colour, label in ((components, BLUE, "components"), (loops, ORANGE, "loops")):
     for i, (birth, death) in enumerate(zip(found.birth, np.minimum(found.death, end), strict=True)):
-      bars.plot([birth, death], [row, row], color=colour, lw=2.5, label=label if i == 0 else None)
+      bars.plot(
+        [birth, death], [row, row], color=colour, lw=2 if colour == BLUE else 5, label=label if i == 0 else None
+      )
       row += 1
-  bars.set(xlabel="distance", yticks=[])
-  bars.set_title("how long each lives", fontsize=13)
-  bars.tick_params(labelsize=12)
-  bars.xaxis.label.set_size(13)
-  bars.spines[["top", "right", "left"]].set_visible(False)
-  bars.legend(frameon=False, fontsize=12, loc="lower right")
+  styled(bars, "how long each lives", "distance", "", "lower right")
+  bars.set_yticks([])
+  bars.spines["left"].set_visible(False)
   return figure
 
 
@@ -218,11 +346,21 @@ DEMO = Demo(
   summary="boundaries, holes and flows, and attention over pairs of tokens",
   story=story,
   claims=CLAIMS,
-  plots=(hodge_split, three_tokens, persistence),
+  plots=(hodge_split, three_tokens, positions, persistence),
   refs=(
     "Clift, Doryn, Murfet, Wallbridge, 2019, arXiv 1909.00668",
     "Eckmann 1944",
     "Munkres 1984",
     "Edelsbrunner, Letscher, Zomorodian 2002",
+  ),
+  not_shown=(
+    ("time against T", "needs minutes of a quiet machine; python -m train.bench speed measures it"),
+    ("heat flow and sheaf Laplacians", "checked by tests/test_algebra_simplicial.py"),
+    (
+      "finite differences, other window sizes, decoding in pieces of other lengths",
+      "checked by tests/test_simplicial.py",
+    ),
+    ("that training finds triangles", "needs minutes; python -m train.experiment simplicial_triple trains it"),
+    ("holes in the attention of a trained model", "not recorded: it needs all weights of a row on the host"),
   ),
 )

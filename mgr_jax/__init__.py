@@ -1,4 +1,4 @@
-'''Exotic-mathematics attention as pure JAX functions over PyTrees: `import mgr_jax as mgr`.
+"""Exotic-mathematics attention as pure JAX functions over PyTrees: `import mgr_jax as mgr`.
 
 >>> import jax, numpy as np
 >>> import mgr_jax as mgr
@@ -12,13 +12,14 @@ True
 (1, 16, 256)
 >>> mgr.generate(params, text[None, :4], cfg, jax.random.key(0), max_tokens=8).shape
 (1, 8)
-'''
+"""
 
 from importlib import import_module
 
 _NAMES = {
   "GPTConfig": "mgr_jax.config",
   "attention_names": "mgr_jax.attention",
+  "register": "mgr_jax.attention",
   "init": "mgr_jax.model.gpt",
   "forward": "mgr_jax.model.gpt",
   "loss": "mgr_jax.model.gpt",

@@ -81,16 +81,26 @@ def _assert_within(name: str, residual: float, tolerance: float) -> None:
     raise Exceeded(f"{name}: residual {residual:.3g} exceeds tolerance {tolerance:.3g}", residual) from e
 
 
+def worst_of(*values) -> float:
+  """The largest of the numbers, or of one iterable of them, as `max`; NaN when any is NaN, which `max` may lose.
+
+  >>> max(1.0, float("nan")), worst_of(1.0, float("nan"))
+  (1.0, nan)
+  """
+  values = values[0] if len(values) == 1 and np.iterable(values[0]) else values
+  return float(np.max([float(v) for v in values]))
+
+
 def largest_difference(a, b) -> float:
   """Largest absolute difference of two equally shaped trees; NaN where either is NaN."""
   differences = jax.tree.map(lambda x, y: np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))), a, b)
-  return float(max(jax.tree.leaves(differences)))
+  return worst_of(jax.tree.leaves(differences))
 
 
 def relative_difference(a, b) -> float:
   """`largest_difference` divided by the largest size in `b`, leaf by leaf; the worst leaf counts."""
   ratio = lambda x, y: largest_difference(x, y) / max(float(np.max(np.abs(np.asarray(y, np.float64)))), 1e-6)
-  return max(jax.tree.leaves(jax.tree.map(ratio, a, b)))
+  return worst_of(jax.tree.leaves(jax.tree.map(ratio, a, b)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +124,24 @@ class ClaimResult:
   def holds(self) -> bool:
     return self.passed and self.control_caught
 
+  @property
+  def verdict(self) -> str:
+    """`holds`, `violated`, or `vacuous`: the law passed, and so did its broken twin, so the check proves nothing."""
+    if self.holds:
+      return "holds"
+    return "vacuous" if self.passed else "violated"
+
 
 def run_claims(claims: Iterable[Claim], key: jax.Array, scale: int = 1) -> list[ClaimResult]:
   """Runs every claim and its negative control; each gets a key folded from its own name.
 
+  Matrix products are computed at full precision, also where an accelerator's default is lower.
+
   Returns one `ClaimResult` per claim, in order. A failed claim is a result, not an exception; any exception other than
   `AssertionError` is a defect of the check itself and propagates.
   """
-  return [_run(c, fold_in_name(key, c.name), scale) for c in claims]
+  with jax.default_matmul_precision("highest"):
+    return [_run(c, fold_in_name(key, c.name), scale) for c in claims]
 
 
 def _run(c: Claim, key: jax.Array, scale: int) -> ClaimResult:
@@ -142,21 +162,18 @@ def _run(c: Claim, key: jax.Array, scale: int) -> ClaimResult:
 
 
 def claims_table(results: Iterable[ClaimResult]) -> str:
-  """Aligned text: claim, measured, tolerance, verdict.
+  """Aligned text: what was measured, on the law and on its broken twin.
 
   >>> law = claim("sum.commutes", "a + b = b + a", lambda k, n: 0.0, 1e-6, lambda k, n: 1.0)
   >>> print(claims_table(run_claims([law], jax.random.key(0))))
-  claim         measured  tolerance  verdict
-  sum.commutes         0    1.0e-06  holds
+  claim         measured  tolerance  broken twin  verdict
+  sum.commutes         0    1.0e-06            1  holds
   """
-  rows = [(r.name, number_text(r.residual), number_text(r.tolerance), _verdict(r)) for r in results]
-  rows.insert(0, ("claim", "measured", "tolerance", "verdict"))
-  width = [max(len(row[i]) for row in rows) for i in range(3)]
-  return "\n".join(f"{n:<{width[0]}}  {m:>{width[1]}}  {t:>{width[2]}}  {v}" for n, m, t, v in rows)
-
-
-def _verdict(r: ClaimResult) -> str:
-  return "holds" if r.holds else r.message
+  rows = [(r.name, *map(number_text, (r.residual, r.tolerance, r.control_residual)), r.verdict) for r in results]
+  rows.insert(0, ("claim", "measured", "tolerance", "broken twin", "verdict"))
+  width = [max(len(row[i]) for row in rows) for i in range(4)]
+  line = lambda row: "  ".join(f"{cell:{'<' if i == 0 else '>'}{width[i]}}" for i, cell in enumerate(row[:4]))
+  return "\n".join(f"{line(row)}  {row[4]}" for row in rows)
 
 
 def number_text(x: float | None) -> str:

@@ -8,11 +8,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.attention import REGISTRY, model_problems
-from mgr_jax.claims import Claim, claim, largest_difference, relative_difference
+from mgr_jax.claims import Claim, claim, largest_difference, relative_difference, worst_of
 from mgr_jax.config import GPTConfig, Item, parse_attention
 from mgr_jax.model import gpt, stack
 from mgr_jax.params import ParamSpec, fold_in_name
@@ -104,7 +103,7 @@ def _training_logits(params, tokens, cfg):
 
 def _leaky(logits_fn):
   """A non-causal model: the forward pass over the sequence read backwards."""
-  return lambda params, tokens, cfg: logits_fn(params, tokens[:, ::-1], cfg)[:, ::-1]
+  return lambda params, tokens, cfg: np.asarray(logits_fn(params, tokens[:, ::-1], cfg))[:, ::-1]
 
 
 def causal_values(cfg: GPTConfig, logits_fn):
@@ -117,10 +116,10 @@ def causal_values(cfg: GPTConfig, logits_fn):
       params = noisy_params(key_case, cfg)
       tokens = tokens_of(key_case, 2, cfg.seq_len)
       other = tokens_of(fold_in_name(key_case, "other"), 2, cfg.seq_len)
-      before = logits_fn(params, tokens, cfg)
+      before = np.asarray(logits_fn(params, tokens, cfg))
       for j in sorted({1, cfg.seq_len // 3, cfg.seq_len - 2} - {0, -1}):
-        after = logits_fn(params, np.concatenate([tokens[:, :j], other[:, j:]], 1), cfg)
-        worst = max(worst, largest_difference(after[:, :j], before[:, :j]))
+        after = np.asarray(logits_fn(params, np.concatenate([tokens[:, :j], other[:, j:]], 1), cfg))
+        worst = worst_of(worst, largest_difference(after[:, :j], before[:, :j]))
     return worst
 
   return measure
@@ -141,7 +140,7 @@ def causal_gradient(cfg: GPTConfig, reverse: bool = False):
     tokens = tokens_of(key, 2, T) % half + np.where(past, 0, half).astype(np.int32)
     cotangent = past[:, None] * _rng(key, "cotangent").standard_normal((2, T, VOCAB), np.float32)
     _, gradient = _value_and_gradient(noisy_params(key, cfg), tokens, None, cotangent, cfg)
-    size = np.max(np.abs(gradient["embed"]), -1)
+    size = np.max(np.abs(np.asarray(gradient["embed"])), -1)
     reached, forbidden = np.max(size[:half]), np.max(size[half:])
     if reverse:
       reached, forbidden = forbidden, reached
@@ -157,7 +156,7 @@ def prefix_consistency(cfg: GPTConfig, broken: bool = False):
     del scale
     T, t = cfg.seq_len, SHORT
     params, tokens = noisy_params(key, cfg), tokens_of(key, 2, T)
-    whole, part = _training_logits(params, tokens, cfg), _logits(params, tokens[:, :t], cfg)
+    whole, part = map(np.asarray, (_training_logits(params, tokens, cfg), _logits(params, tokens[:, :t], cfg)))
     return largest_difference(part / np.sqrt(t) ** broken, whole[:, :t] / np.sqrt(T) ** broken)
 
   return measure
@@ -179,12 +178,14 @@ def decode_parity(cfg: GPTConfig, broken: bool = False):
       new = np.stack([np.pad(tokens[row, at[row] : at[row] + n], (0, piece - n)) for row, n in enumerate(lengths)])
       valid = np.arange(piece) < (piece if broken else lengths[:, None])
       logits, state = _decode(params, new, cfg, state, True, np.broadcast_to(valid, (2, piece)))
+      logits = np.asarray(logits)
       for row, n in enumerate(lengths):
-        worst = max(worst, largest_difference(logits[row, :n], whole[row, at[row] : at[row] + n]))
+        worst = worst_of(worst, largest_difference(logits[row, :n], whole[row, at[row] : at[row] + n]))
       at += lengths
     while at.max() < T:
       logits, state = _decode(params, tokens[np.arange(2), at][:, None], cfg, state)
-      worst = max([worst] + [largest_difference(logits[row, 0], whole[row, at[row]]) for row in range(2)])
+      logits = np.asarray(logits)
+      worst = worst_of([worst] + [largest_difference(logits[row, 0], whole[row, at[row]]) for row in range(2)])
       at += 1
     return worst
 
@@ -200,18 +201,18 @@ def packed_documents(cfg: GPTConfig, broken: bool = False):
     params, tokens = noisy_params(key, cfg), tokens_of(key, 2, T)
     cotangent = _rng(key, "cotangent").standard_normal((2, T, VOCAB), np.float32)
     segments = np.tile(np.where(np.arange(T) < (0 if broken else cut), 1, 2).astype(np.int32), (2, 1))
-    packed, packed_grad = _value_and_gradient(params, tokens, segments, cotangent, cfg)
+    packed, packed_grad = jax.device_get(_value_and_gradient(params, tokens, segments, cotangent, cfg))
     # A document alone, followed by padding that causality makes irrelevant.
     fill = lambda a: np.pad(a, [(0, 0), (0, T - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
     alone = [
-      _value_and_gradient(params, fill(tokens[:, part]), None, fill(cotangent[:, part]), cfg)
+      jax.device_get(_value_and_gradient(params, fill(tokens[:, part]), None, fill(cotangent[:, part]), cfg))
       for part in (slice(cut), slice(cut, None))
     ]
     (first, first_grad), (second, second_grad) = alone
-    return max(
+    return worst_of(
       largest_difference(packed[:, :cut], first[:, :cut]),
       largest_difference(packed[:, cut:], second[:, : T - cut]),
-      relative_difference(packed_grad, jax.tree.map(jnp.add, first_grad, second_grad)),
+      relative_difference(packed_grad, jax.tree.map(np.add, first_grad, second_grad)),
     )
 
   return measure
@@ -263,7 +264,7 @@ def fast_equals_reference(cfg: GPTConfig, broken: bool = False):
     other = jax.tree.map(lambda p: p * 1.01, params) if broken else params
     fast, fast_grad = _value_and_gradient(other, tokens, None, cotangent, cfg)
     slow, slow_grad = _value_and_gradient(params, tokens, None, cotangent, reference)
-    return max(largest_difference(fast, slow), relative_difference(fast_grad, slow_grad))
+    return worst_of(largest_difference(fast, slow), relative_difference(fast_grad, slow_grad))
 
   return measure
 

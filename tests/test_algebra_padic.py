@@ -30,10 +30,16 @@ def test_digits_round_trip_beyond_machine_integers(p, K):
 def test_digit_arithmetic_is_arithmetic_modulo_p_to_the_K():
   for p, K in ((2, 10), (7, 4)):
     x, y = RNG.integers(0, p**K, (2, 50))
-    a, b = padic.digits(x, p, K), padic.digits(y, p, K)
-    np.testing.assert_array_equal(padic.undigits(padic.padic_add(a, b, p), p), (x + y) % p**K)
-    np.testing.assert_array_equal(padic.undigits(padic.padic_mul(a, b, p), p), (x * y) % p**K)
-    assert np.any(np.asarray(padic.undigits(a ^ b, p)) != (x + y) % p**K)
+
+    @jax.jit
+    def run(x, y, p=p, K=K):
+      a, b = padic.digits(x, p, K), padic.digits(y, p, K)
+      return [padic.undigits(z, p) for z in (padic.padic_add(a, b, p), padic.padic_mul(a, b, p), a ^ b)]
+
+    total, product, broken = run(x, y)
+    np.testing.assert_array_equal(total, (x + y) % p**K)
+    np.testing.assert_array_equal(product, (x * y) % p**K)
+    assert np.any(np.asarray(broken) != (x + y) % p**K)
 
 
 def test_hensel_lifts_a_simple_root_and_refuses_others():
@@ -52,13 +58,17 @@ def test_pullbacks_of_the_feature_map_equal_autodiff(p, K):
   with jax.enable_x64(True):
     draw = lambda *shape: jnp.asarray(RNG.standard_normal(shape))
     a, c, d = draw(2, K, p, 7), draw(2, K + 1), draw(2, p**K, 7)
-    auto_a, auto_c = jax.vjp(padic_kernel.query_features, a, c)[1](d)
-    d_a, d_c = padic_kernel.query_features_pullback(a, c, d)
+    pulled_back = jax.jit(
+      lambda a, c, d: (padic_kernel.query_features_pullback(a, c, d), padic_kernel.key_features_pullback(a, d))
+    )
+    auto = jax.jit(
+      lambda a, c, d: (jax.vjp(padic_kernel.query_features, a, c)[1](d), jax.vjp(padic_kernel.key_features, a)[1](d))
+    )
+    ((auto_a, auto_c), (auto_b,)), ((d_a, d_c), d_b) = auto(a, c, d), pulled_back(a, c, d)
     np.testing.assert_allclose(d_a, auto_a, atol=1e-12)
     np.testing.assert_allclose(jnp.sum(d_c, -1), auto_c, atol=1e-11)
-    (auto_b,) = jax.vjp(padic_kernel.key_features, a)[1](d)
-    np.testing.assert_allclose(padic_kernel.key_features_pullback(a, d), auto_b, atol=1e-12)
-    assert not np.allclose(padic_kernel.key_features_pullback(a[:, ::-1], d), auto_b) or K == 1
+    np.testing.assert_allclose(d_b, auto_b, atol=1e-12)
+    assert not np.allclose(pulled_back(a[:, ::-1], c, d)[1], auto_b) or K == 1
 
 
 def test_the_write_once_tree_handles_leaf_exceptions_and_bounds_its_size():
@@ -68,9 +78,9 @@ def test_the_write_once_tree_handles_leaf_exceptions_and_bounds_its_size():
   label = np.ones((p**depth, 1), np.int32)
   label[[5, 17, 60]] = 2
   order = np.tile(strings, 6)
-  tree, erred = padic_tree.tree_fit(digits[order], label[order], p)
+  tree, erred = jax.jit(padic_tree.tree_fit, static_argnums=2)(digits[order], label[order], p)
   assert int(np.sum(erred)) == int(np.sum(tree.exists)) < padic_tree.n_nodes(p, depth) / 4, "exceptions are sparse"
-  found = padic_tree.predict(tree, padic_tree.paths(jnp.asarray(digits), p), p)
+  found = jax.jit(lambda tree, digits: padic_tree.predict(tree, padic_tree.paths(digits, p), p))(tree, digits)
   np.testing.assert_array_equal(found, label)
   with pytest.raises(ValueError, match="at most 4194304"):
     padic_tree.tree_fit(np.zeros((1, 12), np.int32), np.zeros((1, 1), np.int32), 4)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from demos import reversible as demo
 from mgr_jax.algebra import fixed_point, mixers, reversible_claims, symplectic, symplectic_claims
 from mgr_jax.claims import run_claims
 
@@ -129,3 +130,11 @@ def test_unit_volume_bounds_no_norm():
     M = shear @ M
   assert abs(np.linalg.det(M) - 1) < 1e-6
   assert np.linalg.norm(M, 2) > 100
+
+
+def test_demo_orbits_stay_in_a_band_or_do_not():
+  paths = demo.energies()
+  assert paths["euler"].shape == (1000, len(symplectic_claims.STEPS))
+  late = lambda name: paths[name][500:].max(0) / paths[name][:500].max(0)
+  assert np.all(late("euler") < 1.1) and np.all(late("leapfrog") < 1.1)
+  assert np.all(np.diff(paths["equal signs"][20:, 0]) > 0)

@@ -1,13 +1,14 @@
 """Max-plus algebra: claims, products with gradients, the toolkit's refusals and limits."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgr_jax.algebra import tropical
+from mgr_jax.algebra import tropical, tropical_training
 from mgr_jax.algebra.tropical_claims import CLAIMS
 from mgr_jax.algebra.tropical_matmul import scatter_add, tmm, tmm_argmax
 from mgr_jax.claims import run_claims
@@ -38,10 +39,10 @@ class TestProduct:
       jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), got, want)
 
   def test_the_lowest_index_wins_ties(self):
-    index = tmm_argmax(jnp.zeros((2, 70)), jnp.zeros((70, 3)))[1]
-    np.testing.assert_array_equal(index, 0)
-    later = jnp.zeros((70, 3)).at[40].set(1.0)
-    np.testing.assert_array_equal(tmm_argmax(jnp.zeros((2, 70)), later)[1], 40)
+    winner, zeros, b = jax.jit(lambda a, b: tmm_argmax(a, b)[1]), np.zeros((2, 70)), np.zeros((70, 3))
+    np.testing.assert_array_equal(winner(zeros, b), 0)
+    b[40] = 1.0
+    np.testing.assert_array_equal(winner(zeros, b), 40)
 
   def test_the_zero_of_the_semiring_absorbs(self):
     a = jnp.full((2, 3), -jnp.inf)
@@ -97,27 +98,6 @@ def test_roots_of_a_known_polynomial():
   assert tropical.trop_poly_eval(jnp.asarray(c).at[3:5].set(-1e9), jnp.array(-3.0)) == 0
 
 
-def test_hilbert_distance_is_a_metric_up_to_shifts():
-  x, y, z = draw(0, 3, 50, 6)
-  d = tropical.hilbert_dist
-  np.testing.assert_allclose(d(x + 3, y - 2), d(x, y), atol=1e-5)
-  np.testing.assert_allclose(d(x, y), d(y, x), atol=1e-6)
-  np.testing.assert_allclose(d(x, x + 1.5), 0, atol=1e-6)
-  assert np.all(d(x, z) <= d(x, y) + d(y, z) + 1e-5)
-  assert np.any(d(x, z) > d(x, y)), "the triangle inequality needs its second term"
-  np.testing.assert_allclose(jnp.max(tropical.gauge(x), -1), 0)
-
-
-def test_the_smooth_family_lies_above_the_maximum():
-  x = draw(0, 20, 8)
-  for beta in (0.5, 4.0):
-    gap = tropical.lse_beta(x, beta) - x.max(-1)
-    assert np.all(gap >= 0) and np.all(gap <= np.log(8) / beta + 1e-6)
-    two = tropical.maslov_add(x[:, 0], x[:, 1], beta)
-    np.testing.assert_allclose(two, tropical.lse_beta(x[:, :2], beta), rtol=1e-5)
-  assert np.any(tropical.lse_beta(x, 0.5) - x.max(-1) > np.log(8) / 4)
-
-
 def test_a_route_adds_up_to_its_value_exactly():
   q, k, v = draw(0, 8).astype(np.float32), draw(1, 30, 8).astype(np.float32), draw(2, 30, 4).astype(np.float32)
   route = tropical.route_trace(q, k, v)
@@ -132,3 +112,58 @@ def test_margin_radius():
   assert tropical.margin_radius(3.0, "all") == 0.5
   with pytest.raises(KeyError):
     tropical.margin_radius(3.0, "none")
+
+
+def test_the_smallest_flip_is_the_smallest_of_all_sign_patterns():
+  """No perturbation of one size reaches further than its corners: all 2^11 of them, for two coordinates, three keys."""
+  signs = np.array(list(itertools.product((-1.0, 1.0), repeat=11)))
+  of_q, of_k, of_v = signs[:, :2], signs[:, 2:8].reshape(-1, 3, 2), signs[:, 8:]
+  for seed in range(20):
+    q, k, v = draw(3 * seed, 2), draw(3 * seed + 1, 3, 2), draw(3 * seed + 2, 3)
+    flip = tropical.smallest_flip(q, k, v)
+    total = np.max(q + k, -1) + v
+
+    def winners(size, q=q, k=k, v=v):
+      return np.argmax(np.max((q + size * of_q)[:, None] + k + size * of_k, -1) + v + size * of_v, -1)
+
+    assert np.all(winners(0.999 * flip.size) == np.argmax(total))
+    assert flip.rival in winners(1.001 * flip.size)
+    gap = np.subtract(*np.sort(total)[:-3:-1])
+    assert gap / 6 * (1 - 1e-9) <= flip.size <= gap / 4 * (1 + 1e-9)
+
+
+class TestPerceptronSteps:
+  def changes(self, factor):
+    """Per step of random tasks: the own loss over η, the entries that moved, and the mean loss over η."""
+    found = []
+    for seed in range(4):
+      tables, words, labels = tropical_training.random_task(np.random.default_rng(seed), 12)
+      loss_of = lambda tables, words=words, labels=labels: tropical_training.losses(
+        tropical_training.classify(tables, words).logits, labels
+      )
+      loss = loss_of(tables)
+      for step in range(60):
+        i = step % 12
+        tables, size, moved = tropical_training.perceptron_step(tables, words[i], labels[i], factor)
+        before, loss = loss, loss_of(tables)
+        found.append(((loss[i] - before[i]) / size, moved, np.mean(loss - before) / size))
+    return np.array(found).T
+
+  def test_certified_steps_do_what_the_routes_count_and_the_mean_may_rise(self):
+    own, moved, mean = self.changes(1.0)
+    np.testing.assert_allclose(own, -moved, atol=1e-6)
+    assert set(moved) <= {2, 4, 6, 8} and len(set(moved)) > 1
+    assert np.any(mean > 1e-6) and np.any(mean < -1e-6)
+
+  def test_long_steps_still_never_raise_the_own_loss(self):
+    own, moved, _ = self.changes(50.0)
+    assert np.all(own <= -1 + 1e-9)
+    assert np.mean(np.abs(own + moved) > 1e-6) > 0.1, "long steps change winners"
+
+  def test_a_logit_is_the_sum_of_the_four_entries_on_its_route(self):
+    (q, k, v, w), words, _ = tropical_training.random_task(np.random.default_rng(0), 5)
+    found = tropical_training.classify((q, k, v, w), words)
+    t, s, r, d = found.route
+    at = lambda i: np.take_along_axis(words, i, 1)
+    np.testing.assert_allclose(found.logits, q[at(t), r] + k[at(s), r] + v[at(s), d] + w[d, np.arange(3)], atol=1e-12)
+    assert np.all(s <= t) and np.all(found.lead > 0)

@@ -1,4 +1,4 @@
-"""Gauge attention: what its options refuse, every block size, documents, decoding, memory, cost, diagnostics."""
+"""Gauge attention: what its options refuse, every block size, documents, decoding, memory, cost, diagnostics, story."""
 
 import functools
 import itertools
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from demos import gauge as demo
 from mgr_jax.attention import gauge, gauge_claims, gauge_connection, gauge_fibres
 from mgr_jax.attention.gauge_chain import Chain, Setting
 from mgr_jax.attention.gauge_options import Options
@@ -262,3 +263,13 @@ def test_diagnostics_see_what_does_not_commute(b):
 def test_claims_hold(claim, key):
   (result,) = run_claims([claim], key)
   assert result.holds, result.message or result
+
+
+class TestStory:
+  def test_two_quarter_turns_in_the_other_order_are_a_third_of_a_turn_apart(self):
+    np.testing.assert_allclose(demo.two_turns(90, plane=False), 120)
+    assert demo.two_turns(90, plane=True) < 1e-12
+
+  def test_only_the_rule_of_the_group_is_covariant(self):
+    group, algebra, none = demo.covariance(np.random.default_rng(0), 0.03).values()
+    assert group < 1e-12 < 1e-3 < algebra < none

@@ -1,4 +1,4 @@
-"""Octonion attention: what its options refuse, closed-form gradients, head groups, decoding, memory, diagnostics."""
+"""Octonion attention: options it refuses, closed-form gradients, head groups, decoding, memory, diagnostics, story."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from demos import octonion as demo
 from mgr_jax.algebra import octonions
 from mgr_jax.attention import octonion, octonion_mixing, standard
 from mgr_jax.attention.octonion_options import Options
@@ -227,3 +228,23 @@ def test_diagnostics_tell_octonions_from_quaternions():
 def test_claims_hold(claim, key):
   (result,) = run_claims([claim], key)
   assert result.holds, result.message or result
+
+
+class TestStory:
+  def test_pairs_and_64_and_29_sums_give_the_same(self):
+    rng = np.random.default_rng(0)
+    p, x = demo.weights(24), rng.standard_normal((3, 8, 24, 2))
+    pairs, *others = (demo.mixed(way, p, *x) for way in demo.WIDTHS)
+    *same, late = others
+    for y in same:
+      np.testing.assert_allclose(y, pairs, atol=1e-13)
+    assert np.max(np.abs(late - pairs)) > 0.1
+
+  def test_the_ladder_of_symmetries(self):
+    holds = [
+      tuple(bool(r < 1e-12) for r in row if not np.isnan(r)) for row in demo.ladder(np.random.default_rng(0)).values()
+    ]
+    assert holds == [(True,), (True, True), (True, False), (False, True), (False, False), (False, False)]
+
+  def test_lines_of_the_fano_plane(self):
+    assert demo.oriented_lines() == [(1, 2, 3), (1, 4, 5), (1, 7, 6), (2, 4, 6), (2, 5, 7), (3, 4, 7), (3, 6, 5)]

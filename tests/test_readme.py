@@ -14,8 +14,10 @@ def test_the_library_example_runs():
   (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
   names = {}
   exec(compile(code, "README.md", "exec"), names)
-  assert names["logits"].shape == (1, 64, 256)
-  assert float(names["loss"]) == pytest.approx(5.545, abs=1e-3), "ln 256 at initialisation"
+  assert names["logits"].shape == (1, 64, 256) and names["tokens"].shape == (1, 40)
+  assert names["losses"][0] == pytest.approx(5.545, abs=1e-3), "ln 256 at initialisation"
+  assert names["losses"][-1] < 3
+  assert all(result.holds for result in names["results"])
 
 
 def test_training_flags_in_the_readme_exist():

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from demos import simplicial as demo
 from mgr_jax.algebra.trilinear import FORMS, dense_pair_attention, match3_vectors, pair_mask, rotate_by_charge
 from mgr_jax.attention import simplicial, simplicial_hops, simplicial_linear, simplicial_sums
 from mgr_jax.attention.simplicial_blocks import Shape, fold, groups, pair_attention, unfold
 from mgr_jax.attention.simplicial_decode_claims import pieces_error
+from mgr_jax.attention.simplicial_form_claims import planted_mass
 from mgr_jax.attention.simplicial_options import Options
 from mgr_jax.attention.simplicial_pair_claims import NOT_CYCLIC, draw_pairs
 from mgr_jax.attention.simplicial_sweep import solve_resolvent
@@ -294,8 +296,8 @@ class TestDecode:
   @pytest.mark.parametrize("prefix", [0, 1, 2, 4])
   def test_short_prefixes_of_windows(self, prefix):
     rng = np.random.default_rng(prefix)
-    error = functools.partial(pieces_error, rng, simplicial.MECHANISM, {"w1": 4, "w2": 2})
-    assert error(prefix) < 1e-5
+    sizes = ([prefix] if prefix else []) + [1] * 4
+    assert pieces_error(rng, simplicial.MECHANISM, {"w1": 4, "w2": 2}, sizes) < 1e-5
 
   @pytest.mark.parametrize(
     "options",
@@ -435,3 +437,20 @@ def test_diagnostics_appear_only_when_asked_for():
 def test_claims_of_the_layer_hold(claims, key):
   for result in run_claims(claims, key):
     assert result.holds, result.message or result
+
+
+def test_demo_counts_cost_by_its_growth():
+  """Slopes of work per token against T: softmax and hops linear, windows and sums of bounded size."""
+  slopes = {line.split()[0]: float(line.rpartition("^")[2]) for line in demo.cost_lines().splitlines()[1:]}
+  assert slopes["standard"] == pytest.approx(1, abs=0.01) and slopes["two_hop"] == pytest.approx(1, abs=0.05)
+  assert slopes["trilinear"] < 0.1 and slopes["linear2"] == 0
+
+
+def test_the_nearest_pairs_share_their_mass_between_right_and_wrong(key):
+  """The product of the marginals of a symmetric planted pair puts half of the mass on (i, i) and (j, j)."""
+  pairs, weights = demo.heads(key)
+  three, product = weights["three-way"], weights["its marginals"]
+  for axis in (1, 2):
+    np.testing.assert_allclose(product.sum(axis), three.sum(axis), atol=1e-6)
+  assert planted_mass(three, pairs).min() > 0.99
+  np.testing.assert_allclose(planted_mass(product, pairs), 0.5, atol=0.01)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from demos import tropical as tropical_demo
 from mgr_jax.algebra.tropical_claims import CLAIMS as ALGEBRA_CLAIMS
 from mgr_jax.attention import tropical, tropical_cases, tropical_heads
 from mgr_jax.attention.tropical_options import Options, implementation, matrix_beta, snapped
@@ -330,3 +331,29 @@ LAYER_CLAIMS = tropical.MECHANISM.claims[len(ALGEBRA_CLAIMS) :]
 def test_claims_of_the_layer_hold(part, key):
   for result in run_claims(LAYER_CLAIMS[part::3], key):
     assert result.holds, result.message or result
+
+
+class TestDemo:
+  def test_story(self, key):
+    text = tropical_demo.story(key)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "has the roots -3 (×1), -1 (×1), 2 (×3)" in text
+    assert "in chunks of 16 tokens the same bits" in text
+    assert "1.001 of it flips and 0.999 does not in 300 of 300 outputs" in text
+    assert "re-added they give the maximum's own bits" in text
+    assert "300 certified steps: own loss fell as counted in 300" in text
+
+  def test_the_cliff_lies_where_the_theorem_says(self):
+    share = tropical_demo.retrievable(0)
+    n = np.array(tropical_demo.ITEMS)
+    assert np.all(share["one group"] <= np.minimum(1, tropical_demo.D / n))
+    assert np.all(share["one group"][-3:] > 0.9 * tropical_demo.D / n[-3:])
+    assert np.all(share["one group"][2:] < share["4 groups"][2:]) and share["4 groups"][-1] < 0.5
+    assert np.all(share["Hilbert"] == 1) and np.all(share["softmax"] == 1)
+
+  def test_nothing_dilutes_while_the_lead_exceeds_the_spread(self, monkeypatch):
+    weight, exact, pooled = tropical_demo.pivot(0)
+    np.testing.assert_allclose(weight, 1 / (1 + (tropical_demo.DECOYS - 1) * np.exp(-tropical_demo.GAP)))
+    assert np.all(exact == 1) and pooled[-1] < 0.1
+    monkeypatch.setattr(tropical_demo, "GAP", 0.5)
+    assert tropical_demo.pivot.__wrapped__(0)[1][-1] < 0.5, "values decide once they spread more than the lead"

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from demos import ultrametric as ultrametric_demo
 from mgr_jax.attention import ultrametric, ultrametric_digits, ultrametric_features
 from mgr_jax.attention.ultrametric_dense import dense_attention
 from mgr_jax.attention.ultrametric_features import tree_attention
@@ -273,3 +274,33 @@ def test_memory_grows_linearly_with_the_sequence(options):
 
   assert temp_bytes(1024, **options) < 2.3 * temp_bytes(512, **options)
   assert temp_bytes(1024, impl="reference") > 2.3 * temp_bytes(512, impl="reference")
+
+
+class TestDemo:
+  def test_story(self, key):
+    text = ultrametric_demo.story(key)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "terms cancel in 20000." in text
+    assert "3126121" in text.partition("Hensel")[2], "digits of a square root of 2 in the 7-adic integers"
+    series = text.partition("terms  ")[2].splitlines()
+    assert series[1].split() == ["4^x", "3^-1", "3^-2", "3^-4", "3^-6", "3^-8"]
+    assert "all right" in text
+
+  def test_the_table_is_the_layer(self, key):
+    differences = ultrametric_demo.agreement(key).partition(" at ")[0].split(", ")
+    assert [x.split()[0] for x in differences] == ["features", "sort", "table"]
+    assert all(float(x.split()[1]) < 1e-5 for x in differences)
+
+  def test_write_once_learning_stays_below_the_best_possible(self):
+    rows = ultrametric_demo.write_once(0)
+    for samples, errors, nodes, right, best in rows:
+      assert errors == nodes <= samples
+      # The expectation over 256 random labels; four standard deviations of the guesses.
+      assert right <= best + 4 * np.sqrt(0.25 * 0.75 * (1 - best) / 0.75 / 256) + 1e-9
+    assert rows[-1][3] > 0.99 > rows[0][3]
+
+  def test_two_mahler_series_converge_at_their_own_rate(self):
+    for kept in (2, 4, 8):
+      assert ultrametric_demo.mahler(lambda x: 4**x, kept) == (kept, kept)
+      bound, reached = ultrametric_demo.mahler(lambda x: x % 3, kept)
+      assert bound == reached == kept // 2

@@ -20,6 +20,10 @@ def prefix_schedule(a_T: jax.Array, b_S: jax.Array, tau: jax.Array = 0.0) -> tup
   """Order [S] of the keys by b descending (stable), and k [T]: query i selects the first k_i keys of that order.
 
   Cost O((S + T) log S).
+
+  >>> order, k = jax.jit(prefix_schedule)(jnp.array([0.0]), jnp.array([-1.0, 3.0, 2.0]))
+  >>> order.tolist(), k.tolist()  # Keys 1 and 2 have a positive sum.
+  ([1, 2, 0], [2])
   """
   order = jnp.argsort(b_S, descending=True, stable=True)
   k = b_S.shape[0] - jnp.searchsorted(b_S[order[::-1]], tau - a_T, side="right")
@@ -27,7 +31,11 @@ def prefix_schedule(a_T: jax.Array, b_S: jax.Array, tau: jax.Array = 0.0) -> tup
 
 
 def prefix_word(k: jax.Array, length: int) -> jax.Array:
-  """The word σ_1 σ_2 ··· σ_k, padded with idle letters to `length`. (σ_1^k would meet one neighbour k times.)"""
+  """The word σ_1 σ_2 ··· σ_k, padded with idle letters to `length`. (σ_1^k would meet one neighbour k times.)
+
+  >>> prefix_word(2, 4).tolist()
+  [1, 2, 0, 0]
+  """
   letters = jnp.arange(1, length + 1)
   return jnp.where(letters <= k, letters, 0)
 
@@ -46,6 +54,9 @@ def non_nested_fraction(mask_TS: jax.Array, visible_TS: jax.Array | None = None)
   """Fraction of query pairs whose selections, on the keys that both may see, are not ordered by inclusion.
 
   Zero for every additive gate. Cost O(T² S).
+
+  >>> float(non_nested_fraction(jnp.array([[True, False], [False, True]])))
+  1.0
   """
   selected = mask_TS if visible_TS is None else mask_TS & visible_TS
   rejected = ~mask_TS if visible_TS is None else ~mask_TS & visible_TS
@@ -81,6 +92,9 @@ def sigmoid_bernstein_radius(bound: float) -> jax.Array:
   """ρ = π/M + √(1 + π²/M²): the error of rank-r interpolation of σ(a + b) in |a| <= M falls like ρ^-r for every b.
 
   σ(a + b) has its nearest poles at a = -b ± iπ; the closest to [-M, M] in the sense of Bernstein ellipses has b = 0.
+
+  >>> round(float(sigmoid_bernstein_radius(4.0)), 2)
+  2.06
   """
   ratio = jnp.pi / bound
   return ratio + jnp.sqrt(1 + ratio**2)

@@ -4,7 +4,7 @@ import numpy as np
 
 from mgr_jax.algebra import bits, bits_valve
 from mgr_jax.algebra.reversible_claims import generator
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 LANES = 50
 
@@ -50,7 +50,7 @@ def _length(padding_words: int) -> Check:
       symbols = _drawn(rng, counts, n)
       stored = 64 + 32 * (bits.encode(symbols, counts).count + padding_words)
       above = stored - bits.information(counts, symbols.reshape(-1)).reshape(symbols.shape).sum(1)
-      excess = max(excess, float(np.max(above - 64 - 2.0**-16 * n)), float(np.max(-1 - above)))
+      excess = worst_of(excess, float(np.max(above - 64 - 2.0**-16 * n)), float(np.max(-1 - above)))
     return excess
 
   return measure
@@ -97,7 +97,7 @@ def _valve(truncated: bool) -> Check:
     except ValueError:
       return np.inf
     restored = np.array_equal(old, b) and tape.same_as(bits.Tape(4)) and reservoir.same_as(before)
-    return float(max(written, consumed)) if restored and not np.array_equal(new, b) else np.nan
+    return worst_of(written, consumed) if restored and not np.array_equal(new, b) else np.nan
 
   return measure
 

@@ -22,6 +22,11 @@ def multiply(values: np.ndarray, numerator: int, denominator: int, tape: Tape) -
 
   Raises:
     ValueError: fractions that do not contract.
+
+  >>> values, tape = np.array([[1000, -7]]), Tape(1)
+  >>> small = multiply(values, 9, 10, tape)
+  >>> small.tolist(), unmultiply(small, 9, 10, tape).tolist()
+  ([[900, -6]], [[1000, -7]])
   """
   if not 0 < numerator < denominator:
     raise ValueError(f"{numerator}/{denominator} is not between 0 and 1")

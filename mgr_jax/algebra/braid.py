@@ -101,7 +101,12 @@ def burau(t: jax.Array) -> Law:
 
 
 def check_word(word: Any, strands: int) -> np.ndarray:
-  """Returns `word` as an int32 array, or raises `ValueError` naming the first letter outside [-(n-1), n-1]."""
+  """Returns `word` as an int32 array, or raises `ValueError` naming the first letter outside [-(n-1), n-1].
+
+  >>> check_word([1, 3], strands=3)
+  Traceback (most recent call last):
+  ValueError: letter 3 is outside [-2, 2] for 3 strands
+  """
   word = np.asarray(word, np.int32)
   bad = word[np.abs(word) >= strands]
   if bad.size:
@@ -118,6 +123,10 @@ def execute(word: jax.Array, states: State, law: Law) -> State:
     law: `restricted`, `swap`, `six_vertex(eta)`, `burau(t)`, or any function of the same signature.
 
   Returns the states by position. Cost O(L · size of two strands), sequential in L.
+
+  >>> strands = Strands(np.zeros(3), np.array([1.0, 10.0, 100.0]))
+  >>> execute([1, 2], strands, swap).acc.tolist()  # The first strand crosses both others and collects them.
+  [1.0, 1.0, 110.0]
   """
   if not isinstance(word, jax.core.Tracer):
     word = jnp.asarray(check_word(word, jax.tree.leaves(states)[0].shape[0]))
@@ -148,12 +157,20 @@ def _track(word: jax.Array, strands: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def permutation(word: jax.Array, strands: int) -> jax.Array:
-  """π[n]: the final position (from 0) of the strand that starts at each position. π: B_n -> S_n is a homomorphism."""
+  """π[n]: the final position (from 0) of the strand that starts at each position. π: B_n -> S_n is a homomorphism.
+
+  >>> permutation([1, 2], 3).tolist()
+  [2, 0, 1]
+  """
   return jnp.argsort(_track(jnp.asarray(word), strands)[0])
 
 
 def writhe(word: jax.Array) -> jax.Array:
-  """Sum of the exponents: positive minus negative crossings, a homomorphism B_n -> Z."""
+  """Sum of the exponents: positive minus negative crossings, a homomorphism B_n -> Z.
+
+  >>> int(writhe([1, -2, 1]))
+  1
+  """
   return jnp.sum(jnp.sign(jnp.asarray(word)))
 
 
@@ -161,6 +178,9 @@ def linking_matrix(word: jax.Array, strands: int) -> jax.Array:
   """n_ab [n, n]: signed number of crossings between the strands that start at a and b; symmetric, zero diagonal.
 
   For a pure braid n_ab / 2 is the linking number of the closed strands a and b.
+
+  >>> linking_matrix(np.array([1, 1]), 2).tolist()  # The Hopf link.
+  [[0, 2], [2, 0]]
   """
   word = jnp.asarray(word)
   _, a, b = _track(word, strands)
@@ -169,7 +189,11 @@ def linking_matrix(word: jax.Array, strands: int) -> jax.Array:
 
 
 def burau_matrix(word: jax.Array, strands: int, t: jax.Array) -> jax.Array:
-  """Unreduced Burau matrix B(w_L) ··· B(w_1) [n, n]. det = (-t)^writhe; positive words, 0 < t <= 1: row-stochastic."""
+  """Unreduced Burau matrix B(w_L) ··· B(w_1) [n, n]. det = (-t)^writhe; positive words, 0 < t <= 1: row-stochastic.
+
+  >>> burau_matrix([1], 2, 0.25).tolist()
+  [[0.75, 0.25], [1.0, 0.0]]
+  """
   dtype = jnp.result_type(t, float)
   return execute(word, jnp.eye(strands, dtype=dtype), burau(jnp.asarray(t, dtype)))
 
@@ -193,7 +217,11 @@ def squier_form(strands: int, s: jax.Array) -> jax.Array:
 
 
 def inverse(word: jax.Array) -> jax.Array:
-  """The word of the inverse braid: letters negated, order reversed."""
+  """The word of the inverse braid: letters negated, order reversed.
+
+  >>> inverse([1, 2, -3]).tolist()
+  [3, -2, -1]
+  """
   return -jnp.asarray(word)[::-1]
 
 

@@ -30,7 +30,12 @@ def _laplacian(D_k: Boundary, D_next: Boundary, x: jax.Array) -> jax.Array:
 
 
 def dense_laplacian(complex_: Complex, k: int) -> np.ndarray:
-  """L_k as an integer matrix [n_k, n_k]."""
+  """L_k as an integer matrix [n_k, n_k].
+
+  >>> from mgr_jax.algebra.simplicial import circle
+  >>> dense_laplacian(circle(3), 0).tolist()
+  [[2, -1, -1], [-1, 2, -1], [-1, -1, 2]]
+  """
   complex_.check_level(k)
   D_k, D_next = boundary(complex_, k).dense(), boundary(complex_, k + 1).dense()
   return D_k.T @ D_k + D_next @ D_next.T

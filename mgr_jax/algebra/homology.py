@@ -57,12 +57,24 @@ def betti(complex_: Complex, k: int, field: str = "Q") -> int:
 
 
 def betti_numbers(complex_: Complex, field: str = "Q") -> tuple[int, ...]:
-  """(β_0, ..., β_dim)."""
+  """(β_0, ..., β_dim).
+
+  >>> from mgr_jax.algebra.simplicial import projective_plane, torus
+  >>> betti_numbers(torus())
+  (1, 2, 1)
+  >>> betti_numbers(projective_plane()), betti_numbers(projective_plane(), "F2")
+  ((1, 0, 0), (1, 1, 1))
+  """
   return tuple(betti(complex_, k, field) for k in range(complex_.dim + 1))
 
 
 def euler_characteristic(complex_: Complex) -> int:
-  """χ = Σ (-1)^k n_k, which equals Σ (-1)^k β_k over any field."""
+  """χ = Σ (-1)^k n_k, which equals Σ (-1)^k β_k over any field.
+
+  >>> from mgr_jax.algebra.simplicial import sphere
+  >>> euler_characteristic(sphere(2))
+  2
+  """
   return sum((-1) ** k * n for k, n in enumerate(complex_.sizes))
 
 
@@ -70,6 +82,9 @@ def invariant_factors(matrix: np.ndarray) -> tuple[int, ...]:
   """The nonzero diagonal of the Smith normal form, each dividing the next; their number is the rank over ℚ.
 
   Python integers, so no entry overflows; meant for some hundred rows and columns.
+
+  >>> invariant_factors([[2, 4], [6, 8]])
+  (2, 4)
   """
   a = [[int(x) for x in row] for row in np.asarray(matrix)]
   factors = []
@@ -100,7 +115,12 @@ def invariant_factors(matrix: np.ndarray) -> tuple[int, ...]:
 
 
 def torsion(complex_: Complex, k: int) -> tuple[int, ...]:
-  """Orders of the cyclic torsion summands of H_k(ℤ): the invariant factors of D_{k+1} above 1."""
+  """Orders of the cyclic torsion summands of H_k(ℤ): the invariant factors of D_{k+1} above 1.
+
+  >>> from mgr_jax.algebra.simplicial import klein_bottle
+  >>> torsion(klein_bottle(), 1)
+  (2,)
+  """
   complex_.check_level(k)
   return tuple(d for d in invariant_factors(boundary(complex_, k + 1).dense()) if d > 1)
 
@@ -123,6 +143,13 @@ def persistence(distances: np.ndarray, max_dim: int = 1) -> tuple[Bars, ...]:
 
   Raises:
     ValueError: another shape, too many points, or `max_dim` not 0 or 1.
+
+  A square has one loop, alive from its side to its diagonal:
+
+  >>> corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+  >>> _, loops = persistence(np.sqrt(((corners[:, None] - corners) ** 2).sum(-1)))
+  >>> loops.birth.round(3).tolist(), loops.death.round(3).tolist()
+  ([1.0], [1.414])
   """
   distances = np.asarray(distances, np.float64)
   n = len(distances)

@@ -35,7 +35,13 @@ def product(a: tuple, b: tuple) -> tuple:
 
 
 def hamilton(a: jax.Array, b: jax.Array, axis: int = -1) -> jax.Array:
-  """The product ab of quaternions along `axis` (counted from the end for arrays of different rank)."""
+  """The product ab of quaternions along `axis` (counted from the end for arrays of different rank).
+
+  >>> i, j = np.eye(4, dtype=int)[1:3]
+  >>> ij, ji = jax.jit(hamilton)(np.stack([i, j]), np.stack([j, i])).tolist()
+  >>> ij, ji
+  ([0, 0, 0, 1], [0, 0, 0, -1])
+  """
   return jnp.stack(product(components(a, axis), components(b, axis)), axis)
 
 
@@ -47,7 +53,11 @@ def conjugate(a: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def unit(a: jax.Array, axis: int = -1) -> jax.Array:
-  """a / |a|, and the identity 1 where |a|² <= 1e-12, with gradient zero there."""
+  """a / |a|, and the identity 1 where |a|² <= 1e-12, with gradient zero there.
+
+  >>> jax.jit(unit)(np.zeros(4)).tolist()
+  [1.0, 0.0, 0.0, 0.0]
+  """
   n2 = jnp.sum(a * a, axis, keepdims=True)
   regular = n2 > DEGENERATE
   # Both branches must be finite, since a gradient flows through the one that is not chosen as 0 · its derivative.
@@ -62,6 +72,9 @@ def quat_exp(omega: jax.Array, axis: int = -1) -> jax.Array:
   """exp(ω) = (cos θ, ω·sin θ / θ) with θ = |ω|: three components to four. u = exp(ω) turns by the angle 2θ.
 
   Below θ = 1e-3 the series is used, exact to rounding in float32 and float64, so that the gradient at 0 is finite.
+
+  >>> jax.jit(quat_exp)(np.array([np.pi / 2, 0, 0])).round(3).astype(int).tolist()  # i, which turns by π
+  [0, 1, 0, 0]
   """
   theta2 = jnp.sum(omega * omega, axis, keepdims=True)
   small = theta2 < 1e-6
@@ -94,12 +107,21 @@ def quat_log(u: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def power(u: jax.Array, exponent, axis: int = -1) -> jax.Array:
-  """u^λ = exp(λ log u), the point at fraction λ of the geodesic from 1 to the unit quaternion u."""
+  """u^λ = exp(λ log u), the point at fraction λ of the geodesic from 1 to the unit quaternion u.
+
+  >>> root = jax.jit(power)(np.array([0.0, 1, 0, 0]), 0.5)  # of i
+  >>> [round(x, 3) for x in root.tolist()]
+  [0.707, 0.707, 0.0, 0.0]
+  """
   return quat_exp(exponent * quat_log(u, axis), axis)
 
 
 def left_matrix(a: jax.Array) -> jax.Array:
-  """L(a) [..., 4, 4] with L(a) x = ax."""
+  """L(a) [..., 4, 4] with L(a) x = ax.
+
+  >>> left_matrix(jnp.array([0, 1, 0, 0])).tolist()
+  [[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, -1], [0, 0, 1, 0]]
+  """
   return jnp.einsum("cab,...a->...cb", jnp.asarray(STRUCTURE, a.dtype), a, precision="highest")
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.algebra import hypercomplex as hc
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 # Row a, column b: which unit a·b is, and its sign.
 TABLE_UNIT = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
@@ -17,6 +17,9 @@ TABLE_SIGN = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, -1, -1, 1], [1, 1, -1, 
 def generator(key: jax.Array) -> np.random.Generator:
   """NumPy noise from a JAX key."""
   return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+products = jax.jit(hc.hamilton)
 
 
 def _flipped(a, b):
@@ -48,7 +51,7 @@ def _basis(swap: bool) -> Check:
     rows, columns = np.meshgrid(np.arange(4), np.arange(4), indexing="ij")
     expected[order[rows], order[columns], order[TABLE_UNIT]] = TABLE_SIGN
     unit = np.eye(4, dtype=np.float32)
-    return float(np.max(np.abs(np.asarray(hc.hamilton(unit[:, None], unit[None])) - expected)))
+    return float(np.max(np.abs(np.asarray(products(unit[:, None], unit[None])) - expected)))
 
   return measure
 
@@ -72,7 +75,7 @@ def _composition(product) -> Check:
     with jax.enable_x64(True):
       double = _ring_residual(triples, product)
     single = _ring_residual(triples.astype(np.float32), product)
-    return max(float(double) / 1e-14, float(single) / 1e-6)
+    return worst_of(float(double) / 1e-14, float(single) / 1e-6)
 
   return measure
 
@@ -94,17 +97,20 @@ def _matrices(right_matrix) -> Check:
   return _double(lambda rng, scale: residual(*rng.standard_normal((2, 10_000 * scale, 4))))
 
 
+_left_matrix = jax.jit(hc.left_matrix)
+
+
 def _isometry(flip: bool) -> Check:
   """Largest residual of L(a)ᵀL(a) = |a|²I and det L(a) = |a|⁴, relative; `flip` changes the sign of one entry."""
 
   def measure(rng, scale):
     a = rng.standard_normal((1000 * scale, 4))
-    L = np.array(hc.left_matrix(a))
+    L = np.array(_left_matrix(a))
     if flip:
       L[:, 1, 2] *= -1
     n2 = np.sum(a * a, -1)
     gram = np.swapaxes(L, 1, 2) @ L / n2[:, None, None] - np.eye(4)
-    return max(np.max(np.abs(gram)), np.max(np.abs(np.linalg.det(L) / n2**2 - 1)))
+    return worst_of(np.max(np.abs(gram)), np.max(np.abs(np.linalg.det(L) / n2**2 - 1)))
 
   return _double(measure)
 
@@ -158,13 +164,17 @@ def _covariance(both: bool) -> Check:
 def _relative_position(on_the_right: bool) -> Check:
   """Largest change of score and rotor of q_t, k_s when both positions move by the same amount."""
 
+  @jax.jit
+  def rotor(q, k, p_t, p_s):
+    put = lambda a, p: hc.hamilton(a, p) if on_the_right else hc.hamilton(p, a)
+    return hc.hamilton(put(q, p_t), hc.conjugate(put(k, p_s)))
+
   def measure(rng, scale):
     q, k = units(rng, 2, 1000 * scale)
     t, s, shift = rng.integers(0, 1000, (3, len(q)))
     place = lambda at: np.stack([np.cos(0.1 * at), np.sin(0.1 * at), 0 * at, 0 * at], -1)
-    put = lambda a, at: hc.hamilton(a, place(at)) if on_the_right else hc.hamilton(place(at), a)
-    rotor = lambda by: hc.hamilton(put(q, t + by), hc.conjugate(put(k, s + by)))
-    return _worst(rotor(shift) - rotor(0))
+    still, moved = (rotor(q, k, place(t + by), place(s + by)) for by in (0, shift))
+    return np.max(np.abs(np.asarray(moved) - np.asarray(still)))
 
   return _double(measure)
 
@@ -193,7 +203,7 @@ def _gate(right_matrix) -> Check:
       with jax.enable_x64(True):
         double = _gate_residual(*args, n, right_matrix)
       single = _gate_residual(*(np.asarray(a, np.float32) for a in args), n, right_matrix)
-      worst = max(worst, float(double) / 1e-11, float(single) / 2e-4)
+      worst = worst_of(worst, float(double) / 1e-11, float(single) / 2e-4)
     return worst
 
   return measure

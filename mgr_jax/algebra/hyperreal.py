@@ -38,6 +38,10 @@ class LC:
     val: int32 [...], the exponent of the leading term; `EXACT` for 0.
     coef: float [..., K]; coef[..., 0] is not 0 unless the number is.
     order: int32 [...], the first exponent at which terms are unknown; `EXACT` if no term was dropped.
+
+  >>> e = eps()
+  >>> 1 / (1 - e), (e + e**2) - e, bool(1e12 * e < 1)
+  (1 + ε + ε² + ε³ + ε⁴ + ε⁵ + O(ε⁶), ε², True)
   """
 
   val: jax.Array
@@ -154,18 +158,17 @@ def _term(size: float, exponent: int, digits: int) -> str:
 
 def real(x, terms: int = TERMS) -> LC:
   """The standard number x, float [...], with room for `terms` terms; exact."""
-  x = jnp.asarray(x, jnp.result_type(float))
-  return series(jnp.zeros((*x.shape, terms), x.dtype).at[..., 0].set(x))
+  return _real(jnp.asarray(x, jnp.result_type(float)), terms)
 
 
 def eps(terms: int = TERMS) -> LC:
   """ε, the unit infinitesimal."""
-  return series(jnp.zeros(terms).at[0].set(1), 1)
+  return series(np.eye(1, terms)[0], 1)
 
 
 def omega(terms: int = TERMS) -> LC:
   """1/ε, an infinite number."""
-  return series(jnp.zeros(terms).at[0].set(1), -1)
+  return series(np.eye(1, terms)[0], -1)
 
 
 def series(coef, val=0, order=EXACT) -> LC:
@@ -174,10 +177,21 @@ def series(coef, val=0, order=EXACT) -> LC:
   Args:
     coef: float [..., K].
     val, order: int [...] that broadcast against the batch.
+
+  >>> series([0, 0, 3.0], -1)
+  3ε
   """
   coef = jnp.asarray(coef, jnp.result_type(float))
   val, order = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), coef.shape[:-1]) for n in (val, order))
   return _normal(val, coef, order)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _real(x: jax.Array, terms: int) -> LC:
+  val = jnp.where(x == 0, EXACT, 0).astype(jnp.int32)
+  undefined = jnp.isnan(x)[..., None]
+  coef = jnp.where(undefined, jnp.nan, jnp.where(np.arange(terms) == 0, x[..., None], 0))
+  return LC(val, coef, jnp.full(x.shape, EXACT, jnp.int32))
 
 
 def inverse(x: LC) -> LC:
@@ -241,6 +255,9 @@ def coefficient(x: LC, exponent) -> jax.Array:
 def st(x: LC) -> jax.Array:
   """The standard part: the real number infinitely close to a limited x. NaN for infinite and for undefined x, and where
   the term ε⁰ is unknown. On limited numbers st(x + y) = st(x) + st(y) and st(xy) = st(x)·st(y).
+
+  >>> float(st(3 + 2 * eps())), float(st(omega()))
+  (3.0, nan)
   """
   return jnp.where(is_limited(x), coefficient(x, 0), jnp.nan)
 
@@ -268,6 +285,7 @@ def infinitely_close(x: LC, y) -> jax.Array:
   return _binary(lambda x, y: is_infinitesimal(_add(x, -y)), x, y)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def replaced(x: LC, step, terms: int | None = None) -> jax.Array:
   """Σ_k coef_k step^(val+k) with a real number in place of ε, over the first `terms` terms; step broadcasts."""
   k = jnp.arange(terms or x.terms)

@@ -105,6 +105,9 @@ def derivatives(f: Callable[[LC], LC], x, n: int, terms: int | None = None) -> j
   """f(x), f'(x), ..., f⁽ⁿ⁾(x) at real points x [...]: k! times the coefficient of ε^k in f(x + ε); float [..., n + 1].
 
   A coefficient that `terms` terms (n + 1 unless told) do not determine is NaN.
+
+  >>> derivatives(lambda x: x**3, 2.0, 3).tolist()
+  [8.0, 12.0, 12.0, 6.0]
   """
   terms = terms or n + 1
   y = f(real(x, terms) + eps(terms))

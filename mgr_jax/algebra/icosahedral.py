@@ -14,7 +14,12 @@ ORDER = 60
 
 
 def icosians() -> np.ndarray:
-  """Unit quaternions [60, 4], float64, one of each pair ±u of the binary icosahedral group; the first is 1."""
+  """Unit quaternions [60, 4], float64, one of each pair ±u of the binary icosahedral group; the first is 1.
+
+  >>> u = icosians()
+  >>> u.shape, u[0].tolist()
+  ((60, 4), [1.0, 0.0, 0.0, 0.0])
+  """
   golden = (1 + 5**0.5) / 2
   units = [*np.eye(4), *(np.array((1, *signs)) / 2 for signs in itertools.product((1, -1), repeat=3))]
   for order in itertools.permutations(range(4)):
@@ -40,7 +45,11 @@ def multiplication_table() -> np.ndarray:
 
 
 def running_products(word: np.ndarray) -> np.ndarray:
-  """Indices of g_t ··· g_0 for words [..., T] of indices, newest on the left."""
+  """Indices of g_t ··· g_0 for words [..., T] of indices, newest on the left.
+
+  >>> running_products(np.array([1, 1, 0]))[:2].tolist()  # element 1 is i, and i² = -1 is no rotation
+  [1, 0]
+  """
   table, out = multiplication_table(), np.array(word)
   for t in range(1, out.shape[-1]):
     out[..., t] = table[out[..., t], out[..., t - 1]]

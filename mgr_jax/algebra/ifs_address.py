@@ -12,13 +12,21 @@ import jax.numpy as jnp
 
 
 def word_of(index: jax.Array, m: int, depth: int) -> jax.Array:
-  """Digits [..., depth] of a leaf index, first most significant."""
+  """Digits [..., depth] of a leaf index, first most significant.
+
+  >>> word_of(jnp.array(6), m=4, depth=3).tolist()
+  [0, 1, 2]
+  """
   powers = m ** jnp.arange(depth - 1, -1, -1)
   return index[..., None] // powers % m
 
 
 def index_of(word: jax.Array, m: int) -> jax.Array:
-  """Leaf index of digits [..., depth]."""
+  """Leaf index of digits [..., depth].
+
+  >>> int(index_of(jnp.array([0, 1, 2]), m=4))
+  6
+  """
   return jnp.sum(word * m ** jnp.arange(word.shape[-1] - 1, -1, -1), -1)
 
 
@@ -27,6 +35,9 @@ def corner_offsets(m: int, d: int, s) -> jax.Array:
 
   Raises:
     ValueError: m is no power of two, or has more than d binary digits.
+
+  >>> corner_offsets(4, 2, 0.5).tolist()
+  [[0.0, 0.0], [0.0, 0.5], [0.5, 0.0], [0.5, 0.5]]
   """
   e = m.bit_length() - 1
   if m < 2 or m != 1 << e or e > d:
@@ -70,6 +81,9 @@ def decoding_margin(s: float, digits: int) -> float:
   """Largest noise (each coordinate) below which the first `digits` digits of a translation c_w are always recovered.
 
   s^{j-1}(1-2s)/2 suffices for every point of the leaf cubes; it is tight over them.
+
+  >>> round(decoding_margin(0.4, 1), 4), round(decoding_margin(0.4, 4), 4)
+  (0.1, 0.0064)
   """
   return s ** (digits - 1) * (1 - 2 * s) / 2
 
@@ -84,6 +98,10 @@ def greedy_code(v: jax.Array, s: float, depth: int) -> tuple[jax.Array, jax.Arra
 
   Returns (digits [..., depth], reconstruction). The error is at most s^depth / 2 for s >= 1/2, where the images cover
   the interval (s = 1/2 is binary fixed point); for s < 1/2 values in the gaps keep an error of up to (1-2s)/2.
+
+  >>> digits, back = greedy_code(jnp.array(0.7), 0.5, 3)
+  >>> digits.tolist(), float(back)
+  ([1, 0, 1], 0.6875)
   """
   centre = 0.5
 

@@ -9,7 +9,13 @@ import numpy as np
 
 from mgr_jax.algebra import ifs_address
 from mgr_jax.algebra.ifs_map_claims import generator
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _translations(s, m, depth):
+  words = ifs_address.word_of(jnp.arange(m**depth), m, depth)
+  return ifs_address.translation(words, ifs_address.corner_offsets(m, 3, s), s)
 
 
 def _first_difference(words):
@@ -26,21 +32,16 @@ def _separation(overlapping: bool) -> Check:
     ratios = (0.55,) if overlapping else (0.2, 0.4, 0.49)
     for m, depth, s in itertools.product((2, 4, 8), (1, 2, 3), ratios):
       words = np.stack(np.unravel_index(np.arange(m**depth), (m,) * depth), -1)
-      offsets = (1 - s) * (np.arange(m)[:, None] >> np.arange(m.bit_length() - 2, -1, -1) & 1)
-      low = sum(s**j * offsets[words[:, j]] for j in range(depth))
+      # The first map has no offset, so a word followed by zeros lies where the word does.
+      with jax.enable_x64(True):
+        low = np.asarray(_translations(s, m, 3))[:: m ** (3 - depth)]
       gap = np.max(np.abs(low[:, None] - low[None]), -1) - s**depth
       shortfall = s ** _first_difference(words) * max(1 - 2 * s, 0) - gap
       np.fill_diagonal(shortfall, -np.inf)
-      worst = max(worst, float(shortfall.max()))
-    return max(worst, 0.0)
+      worst = worst_of(worst, float(shortfall.max()))
+    return worst_of(worst, 0.0)
 
   return measure
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _translations(s, m, depth):
-  words = ifs_address.word_of(jnp.arange(m**depth), m, depth)
-  return ifs_address.translation(words, ifs_address.corner_offsets(m, 3, s), s)
 
 
 def _cylinders(reverse: bool) -> Check:
@@ -57,7 +58,7 @@ def _cylinders(reverse: bool) -> Check:
         for level in range(depth + 1):
           cells = cube.reshape(m**level, -1, 3)
           diameter = np.max(cells.max(1) - cells.min(1)) + s**depth
-          worst = max(worst, float(diameter - s**level))
+          worst = worst_of(worst, float(diameter - s**level))
     return worst
 
   return measure
@@ -82,7 +83,7 @@ def _decoding(multiple: float) -> Check:
         corner, sign = rng.integers(0, 2, (n, 2)).astype(float), rng.choice([-1.0, 1.0], (n, 2))
         noise = multiple * ifs_address.decoding_margin(s, digits) * sign
         wrong = _wrong_words(rng.integers(0, m**depth, n), corner, noise, s, digits, m, depth)
-        worst = max(worst, float(wrong))
+        worst = worst_of(worst, float(wrong))
     return worst
 
   return measure
@@ -107,13 +108,16 @@ def _soft_point(exponent: float) -> Check:
   return measure
 
 
+_greedy_code = jax.jit(ifs_address.greedy_code, static_argnums=2)
+
+
 def _code_error(s_claimed: float) -> Check:
   """Largest excess of the value code's error at ratio s over s^k/2, s in (1/2, 0.6) or below 1/2."""
 
   def measure(key, scale):
     v = generator(key).uniform(size=1000 * scale)
     with jax.enable_x64(True):
-      _, back = ifs_address.greedy_code(jnp.asarray(v), s_claimed, 8)
+      _, back = _greedy_code(v, s_claimed, 8)
       return float(np.max(np.abs(np.asarray(back) - v))) - s_claimed**8 / 2
 
   return measure

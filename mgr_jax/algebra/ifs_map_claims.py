@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.algebra import ifs
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 
 def generator(key: jax.Array) -> np.random.Generator:
@@ -34,7 +34,7 @@ def _contraction(shift: int) -> Check:
       for _ in range(4 * scale):
         ratios, offsets, word = rng.uniform(0.2, 0.6, 3), rng.normal(size=(3, 2)), rng.integers(0, 3, 4)
         points = rng.normal(size=(2, 2))
-        worst = max(worst, float(_contraction_residual(ratios, offsets, word, (word + shift) % 3, *points)))
+        worst = worst_of(worst, float(_contraction_residual(ratios, offsets, word, (word + shift) % 3, *points)))
     return worst
 
   return measure
@@ -67,7 +67,7 @@ def _hutchinson(expands: bool) -> Check:
       angles = rng.uniform(0, 2 * np.pi, 2)
       sets = rng.normal(size=(2, 200, 2))
       args = jax.tree.map(np.float32, (ratios, angles, offsets, bound, *sets))
-      worst = max(worst, float(_hutchinson_excess(*args)))
+      worst = worst_of(worst, float(_hutchinson_excess(*args)))
     return worst
 
   return measure
@@ -81,8 +81,8 @@ def _dimension(ratios_twisted: bool) -> Check:
     for _ in range(5 * scale):
       ratios = rng.uniform(0.1, 0.7, 4)
       D = ifs.similarity_dimension(ratios)
-      worst = max(worst, abs(np.sum((ratios[:3] if ratios_twisted else ratios) ** D) - 1))
-    return max(worst, abs(ifs.similarity_dimension(np.full(3, 0.5)) - np.log(3) / np.log(2)))
+      worst = worst_of(worst, abs(np.sum((ratios[:3] if ratios_twisted else ratios) ** D) - 1))
+    return worst_of(worst, abs(ifs.similarity_dimension(np.full(3, 0.5)) - np.log(3) / np.log(2)))
 
   return measure
 

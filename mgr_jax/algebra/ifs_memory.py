@@ -45,7 +45,13 @@ def write(store: Store, leaf: jax.Array, values: jax.Array) -> Store:
 
 
 def read(store: Store, leaf: jax.Array) -> jax.Array:
-  """The values at leaves [n], or their fixed points where nothing was written."""
+  """The values at leaves [n], or their fixed points where nothing was written.
+
+  >>> store = empty_store(jnp.array([[0.0], [0.5]]), 0.5, depth=2)
+  >>> store = jax.jit(write)(store, np.array([1, 1]), np.array([[7.0], [8.0]], np.float32))
+  >>> jax.jit(read)(store, np.array([1, 3])).ravel().tolist()
+  [8.0, 1.0]
+  """
   return (_translations(store, leaf) + store.payload[leaf]) / (1 - store.s ** depth_of(store))
 
 
@@ -64,16 +70,28 @@ def deepen(store: Store) -> Store:
 
 
 def intact_fraction(writes: int, probabilities) -> float:
-  """Expected share of N writes that no later write replaced: (1/N) Σ_w (1 - (1 - ρ_w)^N)."""
+  """Expected share of N writes that no later write replaced: (1/N) Σ_w (1 - (1 - ρ_w)^N).
+
+  >>> round(intact_fraction(256, np.full(256, 1 / 256)), 3)  # As many writes as leaves: about 1 - 1/e.
+  0.633
+  """
   rho = np.asarray(probabilities, np.float64)
   return float(np.sum(-np.expm1(writes * np.log1p(-rho))) / writes)
 
 
 def utilisation(writes: int, leaves: int) -> float:
-  """Expected share of uniformly addressed leaves in use: 1 - (1 - 1/L)^N."""
+  """Expected share of uniformly addressed leaves in use: 1 - (1 - 1/L)^N.
+
+  >>> round(utilisation(256, 256), 3)
+  0.633
+  """
   return float(-np.expm1(writes * np.log1p(-1 / leaves)))
 
 
 def no_collision(writes: int, leaves: int) -> float:
-  """Probability that N uniform writes hit N different leaves: Π (1 - i/L), about exp(-N²/2L)."""
+  """Probability that N uniform writes hit N different leaves: Π (1 - i/L), about exp(-N²/2L).
+
+  >>> round(no_collision(23, 365), 3)  # Birthdays.
+  0.493
+  """
   return float(np.exp(np.sum(np.log1p(-np.arange(min(writes, leaves)) / leaves)))) if writes <= leaves else 0.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from mgr_jax.algebra import ifs_address, ifs_memory
 from mgr_jax.algebra.ifs_map_claims import generator
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 
 @jax.jit
@@ -22,8 +22,14 @@ def _run_store(store, leaves, values, queries):
   return jax.lax.scan(batch, store, (leaves, values, queries))[1]
 
 
-def _corner_store(m=4, depth=3, s=0.4, d=3):
-  return ifs_memory.empty_store(ifs_address.corner_offsets(m, d, jnp.float32(s)).astype(jnp.float32), s, depth)
+@jax.jit
+def _corner_store():
+  """Four maps of ratio 0.4 in three dimensions, 64 leaves."""
+  offsets = ifs_address.corner_offsets(4, 3, jnp.float32(0.4)).astype(jnp.float32)
+  return ifs_memory.empty_store(offsets, 0.4, 3)
+
+
+_read = jax.jit(ifs_memory.read)
 
 
 def _plain_dictionary(first_wins: bool) -> Check:
@@ -35,12 +41,12 @@ def _plain_dictionary(first_wins: bool) -> Check:
     leaves, queries = rng.integers(0, L, (2, n, 100))
     values = rng.uniform(-1, 1, (n, 100, 3)).astype(np.float32)
     found = np.asarray(_run_store(_corner_store(), leaves, values, queries))
-    table = dict(enumerate(np.asarray(ifs_memory.read(_corner_store(), jnp.arange(L)))))
+    table = dict(enumerate(np.asarray(_read(_corner_store(), np.arange(L)))))
     worst = 0.0
     for batch in range(n):
       writes = list(zip(leaves[batch].tolist(), values[batch], strict=True))
       table |= dict(writes[::-1] if first_wins else writes)
-      worst = max(
+      worst = worst_of(
         worst, float(np.max(np.abs(found[batch] - np.stack([table[leaf] for leaf in queries[batch].tolist()]))))
       )
     return worst
@@ -73,7 +79,7 @@ def _retention(uniform_law: bool) -> Check:
     for rho, writes in itertools.product((even, skewed), (256, 1024)):
       measured = np.asarray(_intact(rng.choice(L, (200 * scale, writes), p=rho).astype(np.int32), L), np.float64)
       predicted = ifs_memory.intact_fraction(writes, even if uniform_law else rho)
-      worst = max(worst, abs(measured.mean() - predicted) / (measured.std() / np.sqrt(len(measured))))
+      worst = worst_of(worst, abs(measured.mean() - predicted) / (measured.std() / np.sqrt(len(measured))))
     return worst
 
   return measure

@@ -76,7 +76,12 @@ def laurent_coefficients(f: Callable[[jax.Array], jax.Array], degree: int) -> ja
 
 
 def alexander_coefficients(word: jax.Array, strands: int) -> jax.Array:
-  """Coefficients of `conway_alexander` in s = √t, exponents -L .. L."""
+  """Coefficients of `conway_alexander` in s = √t, exponents -L .. L.
+
+  >>> trefoil = jax.jit(alexander_coefficients, static_argnums=1)(jnp.array([1, 1, 1]), 2)
+  >>> [round(c) for c in trefoil.tolist()]  # t - 1 + 1/t
+  [0, 1, 0, -1, 0, 1, 0]
+  """
   return laurent_coefficients(lambda s: conway_alexander(word, strands, s), len(word))
 
 

@@ -39,6 +39,10 @@ def log_so(R: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Raises:
     ValueError: b > 4, for which `log_so_host` runs on the host.
+
+  >>> a, near_pi = log_so(jnp.array([[0.0, 1.0], [-1.0, 0.0]]))
+  >>> round(float(a[0]), 4), bool(near_pi)
+  (1.5708, False)
   """
   b = R.shape[-1]
   if b == 2:
@@ -62,6 +66,11 @@ def log_so_host(R: np.ndarray) -> np.ndarray:
 
   Raises:
     ValueError: R is not a rotation to 1e-4, or an angle is within 1e-6 of π, where the logarithm is not unique.
+
+  >>> turn = np.eye(5)
+  >>> turn[:2, :2] = [[0.6, 0.8], [-0.8, 0.6]]
+  >>> log_so_host(turn).round(4)[:2].tolist()
+  [0.9273, 0.0]
   """
   R = np.asarray(R, np.float64)
   b = R.shape[-1]

@@ -25,6 +25,9 @@ def check_scan(scan: str) -> int:
 
   Raises:
     ValueError: any other name, or c < 2.
+
+  >>> check_scan("chunk:64")
+  64
   """
   name, _, size = scan.partition(":")
   if scan in ("assoc", "serial"):
@@ -47,6 +50,11 @@ def prefix_product(
     reorthogonal: one Newton-Schulz step on every T_t, taken as the identity in the gradient.
 
   The gradient with respect to U is the one along the group (see above); it needs no memory beyond T.
+
+  >>> quarter = np.array([[0.0, -1.0], [1.0, 0.0]], np.float32)
+  >>> T = jax.jit(prefix_product)(np.stack([quarter] * 4))
+  >>> T[-1].tolist()
+  [[1.0, 0.0], [0.0, 1.0]]
   """
   check_scan(scan)
   return _matrices(U, initial, scan, axis, reorthogonal)
@@ -70,6 +78,10 @@ def prefix_quaternions(
     normalise: divide every T_t by its length, taken as the identity in the gradient.
 
   The gradient with respect to u is the one along the sphere of unit quaternions.
+
+  >>> i, j = np.eye(4, dtype=np.float32)[1:3]
+  >>> jax.jit(prefix_quaternions)(np.stack([i, j]))[1].tolist()  # j · i = -k
+  [0.0, 0.0, 0.0, -1.0]
   """
   check_scan(scan)
   return _quaternions(u, initial, scan, axis, component, normalise)

@@ -17,6 +17,14 @@ def bch(X: jax.Array, Y: jax.Array, order: int = MAX_ORDER) -> jax.Array:
 
   Raises:
     ValueError: order outside 1 to 4.
+
+  >>> import numpy as np
+  >>> X, Y = np.triu(np.ones((2, 3, 3), np.float32), 1) * [[[1]], [[2]]]
+  >>> Y[0, 1] = 0
+  >>> bch(X, Y, 1).tolist()
+  [[0.0, 1.0, 3.0], [0.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
+  >>> bch(X, Y, 2).tolist()  # exact here: longer commutators of such matrices vanish
+  [[0.0, 1.0, 4.0], [0.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
   """
   _check(order)
   zero = jnp.zeros_like(Y)
@@ -31,6 +39,12 @@ def magnus(A: jax.Array, order: int = MAX_ORDER) -> jax.Array:
 
   Raises:
     ValueError: order outside 1 to 4.
+
+  >>> import numpy as np
+  >>> X, Y = np.triu(np.ones((2, 3, 3), np.float32), 1)
+  >>> Y[0, 1] = 0
+  >>> (magnus(np.stack([X, Y]), 2) - X - Y).tolist()  # ½ [Y, X]
+  [[0.0, 0.0, -0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
   """
   _check(order)
   zero = jnp.zeros_like(A[0])

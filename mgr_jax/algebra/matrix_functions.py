@@ -13,6 +13,9 @@ def exp_spd(S: jax.Array) -> jax.Array:
   Only the symmetric part of S is used. Its derivative is that of Daleckii and Krein, V (Φ ∘ VᵀṠV) Vᵀ with the divided
   differences Φ_ij = e^((λi+λj)/2) sinh(δ)/δ, δ = (λi-λj)/2, which are finite where eigenvalues meet; that of `eigh` is
   not. Twice differentiable only where eigenvalues differ. Cost: one `eigh`.
+
+  >>> exp_spd(jnp.zeros((2, 2))).tolist()
+  [[1.0, 0.0], [0.0, 1.0]]
   """
   values, V = jnp.linalg.eigh(0.5 * (S + jnp.swapaxes(S, -1, -2)))
   return matmul(V * jnp.exp(values)[..., None, :], jnp.swapaxes(V, -1, -2))
@@ -44,6 +47,9 @@ def exp_nilp(N: jax.Array) -> jax.Array:
 
   What lies on or below the diagonal is not read, so the result is unipotent: ones on the diagonal, determinant 1.
   Cost: n - 2 products.
+
+  >>> exp_nilp(jnp.array([[9.0, 2.0], [9.0, 9.0]])).tolist()
+  [[1.0, 2.0], [0.0, 1.0]]
   """
   return truncated_exp(jnp.triu(N, 1), N.shape[-1])
 

@@ -56,7 +56,13 @@ def turn_fixed(a: jax.Array, b: jax.Array, coefficients: tuple[jax.Array, jax.Ar
 
 
 def turn_fixed_inverse(a: jax.Array, b: jax.Array, coefficients: tuple[jax.Array, jax.Array]):
-  """The exact inverse of `turn_fixed`: the shears undone in the opposite order."""
+  """The exact inverse of `turn_fixed`: the shears undone in the opposite order.
+
+  >>> coefficients = lifting(jnp.float32(0.7))
+  >>> turned = turn_fixed(jnp.int32(1000), jnp.int32(-3), coefficients)
+  >>> [z.item() for z in turn_fixed_inverse(*turned, coefficients)]
+  [1000, -3]
+  """
   t, s = coefficients
   a = add(a, _product(t, b))
   b = subtract(b, _product(s, a))
@@ -101,6 +107,10 @@ def cayley(x: jax.Array, U: jax.Array, V: jax.Array) -> jax.Array:
   Args:
     x: [..., w].
     U, V: [w, r]. Either may be zero: then Q = I.
+
+  >>> x, U, V = jnp.array([3.0, 4.0]), jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [0.5]])
+  >>> round(float(jnp.linalg.norm(cayley(x, U, V))), 4)
+  5.0
   """
   L, R = jnp.concatenate([U, V], 1), jnp.concatenate([V, -U], 1)
   core = jnp.eye(L.shape[1], dtype=L.dtype) - R.T @ L

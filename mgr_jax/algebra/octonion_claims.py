@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from mgr_jax.algebra.octonions import SIGNS, associator, conjugate, inner, multiply, sign_table
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 CASES = 2000
 
@@ -82,7 +82,7 @@ def _identities(signs: np.ndarray) -> Check:
       (m(m(x, y), bar(y)), x),
       (bar(m(x, y)), m(bar(y), bar(x))),
     )
-    return max(largest(a - b) for a, b in sides)
+    return worst_of(largest(a - b) for a, b in sides)
 
   return measure
 
@@ -116,7 +116,7 @@ def _alternating(generic: bool) -> Check:
     vanishing = [associator(*args) for args in ((real, x, y), (x, real, y), (x, y, real))]
     spanned = 0.3 * real + 0.5 * x - y + 0.7 * np.stack(multiply(x, y))
     vanishing.append(associator(x, y, w if generic else spanned))
-    return max(largest(v) for v in (*swaps, *vanishing, value[0]))
+    return worst_of(largest(v) for v in (*swaps, *vanishing, value[0]))
 
   return measure
 
@@ -127,7 +127,7 @@ def _real_parts(wrong: bool) -> Check:
   def measure(key, scale):
     x, y, z = _units(key, scale, 3)
     gap = np.stack(associator(x, y, z))
-    return max(largest(gap if wrong else gap[0]), largest(multiply(x, conjugate(y))[0] - inner(x, y)))
+    return worst_of(largest(gap if wrong else gap[0]), largest(multiply(x, conjugate(y))[0] - inner(x, y)))
 
   return measure
 

@@ -5,7 +5,7 @@ import numpy as np
 from mgr_jax.algebra import octonion_symmetry as symmetry
 from mgr_jax.algebra.octonion_claims import generator, largest
 from mgr_jax.algebra.octonions import BLOCKS, PAIRS, act, column, conjugate, inner, multiply, operator, wedge
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 CASES = 500
 RANKS = {"early": 29, "late": 8, "associator": 21, "mixture": 29}
@@ -27,7 +27,9 @@ def singular_values(tensor: np.ndarray) -> np.ndarray:
 def _ranks(expected: dict[str, int]) -> Check:
   def measure(key, scale):
     del key, scale
-    return float(max(abs(int(np.sum(singular_values(t) > 1e-9)) - expected[name]) for name, t in trilinear().items()))
+    return float(
+      worst_of(abs(int(np.sum(singular_values(t) > 1e-9)) - expected[name]) for name, t in trilinear().items())
+    )
 
   return measure
 
@@ -50,7 +52,7 @@ def _matrices(sign: int) -> Check:
         H[row, i] = s
     H[0, 0] *= sign
     crossed = [(PAIRS[i][0] ^ PAIRS[i][1]) != (PAIRS[j][0] ^ PAIRS[j][1]) for i, j in zip(*np.nonzero(H), strict=True)]
-    return max(*defects, largest(H @ H.T - 4 * np.eye(28)), float(any(crossed)))
+    return worst_of(*defects, largest(H @ H.T - 4 * np.eye(28)), float(any(crossed)))
 
   return measure
 
@@ -68,7 +70,7 @@ def _operator_acts(broken: bool) -> Check:
       sums[9], sums[10] = sums[10], sums[9]
     q = q[..., :1]
     early = largest(np.stack(act(sums, q)) - total(symmetry.early(q, k, v)))
-    return max(early, largest(np.stack(multiply(q, column(sums))) - total(symmetry.late(q, k, v))))
+    return worst_of(early, largest(np.stack(multiply(q, column(sums))) - total(symmetry.late(q, k, v))))
 
   return measure
 
@@ -85,8 +87,8 @@ def _closed_form(sign: float) -> Check:
     swapped = [x + cross(*args) for args in ((k, q, v), (q, v, k))]
     # Lengths grow with the cube of the arguments; those of small determinants carry the error of the subtraction.
     sound = np.linalg.det(gram) > 1e-2 * np.prod([inner(y, y) for y in (q, k, v)], 0)
-    orthogonal = max(largest(inner(x, y)) for y in (q, k, v))
-    return max(orthogonal / 100, largest(length[sound]), max(map(largest, swapped)) / 100)
+    orthogonal = worst_of(largest(inner(x, y)) for y in (q, k, v))
+    return worst_of(orthogonal / 100, largest(length[sound]), worst_of(map(largest, swapped)) / 100)
 
   return measure
 
@@ -125,7 +127,7 @@ def _quaternions(outside: float) -> Check:
       w * d + x * c - y * b + z * a,
     )
     early, late = symmetry.early(q, k, v), symmetry.late(q, k, v)
-    return max(largest(early - late), largest(early[:4] - np.stack(hamilton)), largest(early[4:]))
+    return worst_of(largest(early - late), largest(early[:4] - np.stack(hamilton)), largest(early[4:]))
 
   return measure
 
@@ -137,9 +139,9 @@ def _norms(strength: float) -> Check:
     q, k, v = generator(key).standard_normal((3, 8, CASES * scale))
     q, k = (x / np.linalg.norm(x, axis=0) for x in (q, k))
     early, late, size = symmetry.early(q, k, v), symmetry.late(q, k, v), np.linalg.norm(v, axis=0)
-    exact = max(largest(np.linalg.norm(m, axis=0) - size) for m in (early, late))
+    exact = worst_of(largest(np.linalg.norm(m, axis=0) - size) for m in (early, late))
     excess = np.max(np.linalg.norm(late + strength * (early - late), axis=0) - size)
-    return max(exact, float(excess))
+    return worst_of(exact, float(excess))
 
   return measure
 

@@ -20,7 +20,11 @@ def late(q, k, v) -> np.ndarray:
 
 
 def left_matrix(u: np.ndarray) -> np.ndarray:
-  """L_u with L_u x = ux, 8x8."""
+  """L_u with L_u x = ux, 8x8.
+
+  >>> left_matrix(np.eye(8)[0]).trace().item()
+  8.0
+  """
   return np.stack([np.stack(multiply(u, e)) for e in np.eye(8)], 1)
 
 
@@ -42,6 +46,10 @@ def random_automorphism(rng: np.random.Generator) -> np.ndarray:
 
   A basic triple, orthonormal imaginary a, b, c with c orthogonal to ab, is the image of (e_1, e_2, e_4) under exactly
   one automorphism, because the three generate the algebra.
+
+  >>> g, e = random_automorphism(np.random.default_rng(0)), np.eye(8)
+  >>> bool(np.allclose(g @ multiply(e[3], e[5]), multiply(g @ e[3], g @ e[5])))
+  True
   """
   a = unit_imaginary(rng)
   b = unit_imaginary(rng, [a])

@@ -21,6 +21,9 @@ def sign_table(doublings: int) -> np.ndarray:
   """Signs s of e_a e_b = s[a, b]·e_{a xor b} after some doublings of the reals, int8 [2^n, 2^n].
 
   (a, b)(c, d) = (ac - d̄b, da + bc̄): 1 gives the complex numbers, 2 quaternions, 3 octonions, 4 sedenions.
+
+  >>> sign_table(1).tolist()  # i² = -1
+  [[1, 1], [1, -1]]
   """
   signs = np.ones((1, 1), np.int8)
   for _ in range(doublings):
@@ -42,7 +45,14 @@ def signed_sum(terms):
 
 
 def multiply(a: Octonion, b: Octonion, signs: np.ndarray = SIGNS) -> list:
-  """ab, component c being Σ_i s[i, i xor c]·a_i·b_{i xor c}; 64 multiplications. Other signs give other algebras."""
+  """ab, component c being Σ_i s[i, i xor c]·a_i·b_{i xor c}; 64 multiplications. Other signs give other algebras.
+
+  >>> e = np.eye(8, dtype=int)
+  >>> np.array(multiply(multiply(e[1], e[2]), e[4])).tolist()
+  [0, 0, 0, 0, 0, 0, 0, 1]
+  >>> np.array(multiply(e[1], multiply(e[2], e[4]))).tolist()  # the brackets matter
+  [0, 0, 0, 0, 0, 0, 0, -1]
+  """
   n = len(signs)
   return [signed_sum([(signs[i, i ^ c], a[i] * b[i ^ c]) for i in range(n)]) for c in range(n)]
 
@@ -58,7 +68,12 @@ def inner(a: Octonion, b: Octonion):
 
 
 def associator(a: Octonion, b: Octonion, c: Octonion) -> list:
-  """[a, b, c] = (ab)c - a(bc): alternating, imaginary, zero when a, b, c generate an associative algebra."""
+  """[a, b, c] = (ab)c - a(bc): alternating, imaginary, zero when a, b, c generate an associative algebra.
+
+  >>> e = np.eye(8, dtype=int)
+  >>> np.any(associator(e[1], e[2], e[3])).item(), associator(e[1], e[2], e[4])[7].item()
+  (False, 2)
+  """
   return [x - y for x, y in zip(multiply(multiply(a, b), c), multiply(a, multiply(b, c)), strict=True)]
 
 
@@ -106,6 +121,11 @@ def operator(wedges: Sequence, transposed: bool = False) -> list:
   depends on k ∧ v alone, in seven blocks of 4x4 signs whose rows are orthogonal (Hadamard matrices). 29 numbers are
   needed: the operators of all (k, v) span 1 + 28 dimensions. Linear, so the operator of a weighted sum is the weighted
   sum of operators. `transposed` applies the transpose of this linear map instead.
+
+  >>> q, k, v = np.arange(24).reshape(3, 8)
+  >>> pairwise = multiply(multiply(q, conjugate(k)), v)
+  >>> [int(x) for x in act(operator(wedge(k, v)), q)] == [int(x) for x in pairwise]
+  True
   """
   blocks = TRANSPOSED_BLOCKS if transposed else BLOCKS
   return [wedges[0], *(signed_sum([(sign, wedges[1 + i]) for sign, i in terms]) for terms in blocks)]
@@ -128,5 +148,10 @@ def act(matrix: Sequence, x: Octonion, transposed: bool = False) -> list:
 
 
 def column(matrix: Sequence) -> list:
-  """M·1, which for the operator of (k, v) is k̄v: the numbers of the other bracketing are among the 29."""
+  """M·1, which for the operator of (k, v) is k̄v: the numbers of the other bracketing are among the 29.
+
+  >>> k, v = np.arange(16).reshape(2, 8)
+  >>> bool(np.all(np.array(column(operator(wedge(k, v)))) == multiply(conjugate(k), v)))
+  True
+  """
   return [matrix[0], *(-x for x in matrix[1:8])]

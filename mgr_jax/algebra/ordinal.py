@@ -42,6 +42,11 @@ class Ord:
 
   Raises:
     ValueError: terms that are no Cantor normal form.
+
+  >>> OMEGA + 1 > 1 + OMEGA
+  True
+  >>> (OMEGA + 1) * 2, 2 * (OMEGA + 1)
+  (Ord.parse('w*2 + 1'), Ord.parse('w + 2'))
   """
 
   terms: tuple[tuple["Ord", int], ...] = ()
@@ -79,6 +84,9 @@ class Ord:
 
     Raises:
       ValueError: see `ordinal_text.evaluate`.
+
+    >>> Ord.parse("w^w + w*2 + 3").degree
+    Ord.parse('w')
     """
     return ordinal_text.evaluate(text, cls.of, OMEGA)
 
@@ -264,7 +272,11 @@ OMEGA = omega()
 
 
 def natural_sum(alpha: Ord | int, beta: Ord | int) -> Ord:
-  """α ⊕ β: all terms, coefficients of equal exponents added. Commutative, strictly increasing (Hessenberg, 1906)."""
+  """α ⊕ β: all terms, coefficients of equal exponents added. Commutative, strictly increasing (Hessenberg, 1906).
+
+  >>> natural_sum(1, OMEGA) == natural_sum(OMEGA, 1)
+  True
+  """
   coefficients: dict[Ord, int] = {}
   for exponent, c in (*Ord.of(alpha).terms, *Ord.of(beta).terms):
     coefficients[exponent] = coefficients.get(exponent, 0) + c
@@ -272,6 +284,10 @@ def natural_sum(alpha: Ord | int, beta: Ord | int) -> Ord:
 
 
 def natural_product(alpha: Ord | int, beta: Ord | int) -> Ord:
-  """α ⊗ β: the bilinear extension of ω^a ⊗ ω^b = ω^{a ⊕ b}."""
+  """α ⊗ β: the bilinear extension of ω^a ⊗ ω^b = ω^{a ⊕ b}.
+
+  >>> natural_product(2, OMEGA), 2 * OMEGA
+  (Ord.parse('w*2'), Ord.parse('w'))
+  """
   products = (Ord(((natural_sum(a, b), c * d),)) for a, c in Ord.of(alpha).terms for b, d in Ord.of(beta).terms)
   return functools.reduce(natural_sum, products, ZERO)

@@ -15,6 +15,9 @@ def fundamental(alpha: Ord, n: int) -> Ord:
 
   Raises:
     ValueError: α is no limit, or n < 0.
+
+  >>> [str(fundamental(omega(2), n)) for n in (1, 2, 3)]
+  ['w', 'w*2', 'w*3']
   """
   if not alpha.is_limit:
     raise ValueError(f"alpha={alpha} is no limit ordinal, so no sequence below it leads to it")
@@ -35,6 +38,9 @@ def hardy(alpha: Ord | int, n: int) -> int:
 
   Raises:
     ValueError: a value on the way has more than `MAX_BITS` bits.
+
+  >>> hardy(omega(2), 3), 3 * 2**3
+  (24, 24)
   """
   alpha = Ord.of(alpha)
   while not alpha.is_zero:
@@ -55,6 +61,9 @@ def largest_below(alpha: Ord, bound: int) -> Ord:
 
   Raises:
     ValueError: α = 0, or α >= ω^ω, below which no β is the largest.
+
+  >>> largest_below(omega(2), 4)
+  Ord.parse('w*4 + 4')
   """
   if alpha.is_zero or not alpha.degree.is_finite:
     raise ValueError(f"alpha={alpha} is not below w^w" if alpha.terms else "alpha=0: nothing is smaller")

@@ -17,6 +17,9 @@ def shadow(n: int, base: int) -> Ord:
 
   Raises:
     ValueError: n < 0 or base < 2.
+
+  >>> shadow(26, 3), 3**3 - 1
+  (Ord.parse('w^2*2 + w*2 + 2'), 26)
   """
   if n < 0 or base < 2:
     raise ValueError(f"n={n}, base={base}: n must be at least 0 and base at least 2")
@@ -46,6 +49,9 @@ def goodstein(n: int) -> Iterator[GoodsteinStep]:
   """Write n in hereditary base b = 2, 3, ...; replace b by b + 1; subtract 1; until 0. Shadows strictly descend.
 
   The number of steps is H_α(3) - 3 for the first shadow α: 5 from 3, 3·2^402653211 - 3 from 4.
+
+  >>> [(step.value, str(step.shadow)) for step in goodstein(3)]
+  [(3, 'w + 1'), (3, 'w'), (3, '3'), (2, '2'), (1, '1'), (0, '0')]
   """
   base, at = 2, shadow(n, 2)
   while True:
@@ -58,7 +64,11 @@ def goodstein(n: int) -> Iterator[GoodsteinStep]:
 
 
 def hydra_rank(hydra: Hydra) -> Ord:
-  """Σ⊕ ω^{rank(child)}; a head has rank 0. Each cut lowers it, however many copies grow."""
+  """Σ⊕ ω^{rank(child)}; a head has rank 0. Each cut lowers it, however many copies grow.
+
+  >>> hydra_rank((((), ()),))
+  Ord.parse('w^2')
+  """
   rank = ZERO
   for child in hydra:
     rank = natural_sum(rank, omega(hydra_rank(child)))

@@ -195,10 +195,18 @@ def task(name: str, rank: Ord | int) -> Task:
 
 
 def sequence(*programs: Program) -> Program:
-  """One after the other; at least one."""
+  """One after the other; at least one.
+
+  >>> sequence(task("warm-up", 10), task("train", Ord.parse("w"))).rank
+  Ord.parse('w + 10')
+  """
   return functools.reduce(lambda later, earlier: Sequence(earlier, later), reversed(programs))
 
 
 def repeat(body: Program, times: Program | Ord | int) -> Repeat:
-  """`body` once per event of `times`; an ordinal stands for a task of that rank."""
+  """`body` once per event of `times`; an ordinal stands for a task of that rank.
+
+  >>> repeat(task("train", Ord.parse("w")), 3).rank
+  Ord.parse('w*3')
+  """
   return Repeat(body, times if isinstance(times, Program) else task(str(times), times))

@@ -17,6 +17,9 @@ def to_rank(alpha: Ord | int, k: int) -> np.ndarray:
 
   Raises:
     ValueError: α >= ω^k, or a coefficient beyond int32.
+
+  >>> to_rank(Ord.parse("w^2*2 + 5"), 3).tolist()
+  [2, 0, 5]
   """
   alpha = Ord.of(alpha)
   if not alpha.is_zero and not alpha.degree < k:
@@ -49,6 +52,9 @@ def lex_cmp(a: jax.Array, b: jax.Array) -> jax.Array:
 
   Args:
     a, b: int32[..., k] ranks that broadcast against each other.
+
+  >>> int(lex_cmp(np.array([0, 1, 0]), np.array([0, 0, 9600])))
+  1
   """
   sign = (a > b).astype(jnp.int32) - (a < b).astype(jnp.int32)
   found = jnp.zeros(sign.shape[:-1], jnp.int32)

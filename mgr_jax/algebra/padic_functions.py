@@ -5,7 +5,13 @@ import math
 
 
 def mahler_coeffs(values: list[int]) -> list[int]:
-  """a_n = (Δ^n f)(0) from f(0) .. f(N): f(x) = Σ_n a_n·C(x, n) on 0 .. N, in the limit on all of ℤ_p (Mahler, 1958)."""
+  """a_n = (Δ^n f)(0) from f(0) .. f(N): f(x) = Σ_n a_n·C(x, n) on 0 .. N, in the limit on all of ℤ_p (Mahler, 1958).
+
+  4^x = (1 + 3)^x:
+
+  >>> mahler_coeffs([1, 4, 16, 64])
+  [1, 3, 9, 27]
+  """
   row, found = list(values), []
   while row:
     found.append(row[0])
@@ -19,7 +25,11 @@ def mahler_eval(coeffs: list[int], x: int) -> int:
 
 
 def mahler_certificate(coeffs: list[int], kept: int, p: int) -> int | float:
-  """v = min v_p(a_n) over the dropped n >= kept: the first `kept` terms err by exactly p^-v in the sup norm."""
+  """v = min v_p(a_n) over the dropped n >= kept: the first `kept` terms err by exactly p^-v in the sup norm.
+
+  >>> mahler_certificate([1, 3, 9, 27], 2, 3)
+  2
+  """
   return min((valuation(a, p) for a in coeffs[kept:]), default=math.inf)
 
 
@@ -38,6 +48,11 @@ def hensel_lift(coeffs: list[int], root: int, p: int, K: int) -> list[int]:
 
   Raises:
     ValueError: `root` is no simple root mod p.
+
+  A square root of 2 modulo 7, 49 and 343:
+
+  >>> hensel_lift([-2, 0, 1], 3, 7, 3)
+  [3, 10, 108]
   """
   f = lambda x: sum(a * x**i for i, a in enumerate(coeffs))
   slope = sum(i * a * root ** (i - 1) for i, a in enumerate(coeffs) if i)

@@ -19,13 +19,23 @@ import jax.numpy as jnp
 
 
 def level_weights(alpha: jax.Array, depth: int) -> jax.Array:
-  """c_0 = 1, c_d = α^d - α^(d-1) for d = 1 .. depth: [...] -> [..., depth + 1]; all positive for α > 1."""
+  """c_0 = 1, c_d = α^d - α^(d-1) for d = 1 .. depth: [...] -> [..., depth + 1]; all positive for α > 1.
+
+  >>> level_weights(3.0, 2).tolist()
+  [1.0, 2.0, 6.0]
+  """
   power = jnp.asarray(alpha)[..., None] ** jnp.arange(depth + 1)
   return jnp.concatenate([jnp.ones_like(power[..., :1]), power[..., 1:] - power[..., :-1]], -1)
 
 
 def horner(weights, matches):
-  """c_0 + m_1(c_1 + m_2(c_2 + ...)): `weights[d]` for d = 0 .. K, `matches[j - 1]` for digit j."""
+  """c_0 + m_1(c_1 + m_2(c_2 + ...)): `weights[d]` for d = 0 .. K, `matches[j - 1]` for digit j.
+
+  Two of three digits agree, α = 3:
+
+  >>> horner([1, 2, 6, 18], [1, 1, 0])
+  9
+  """
   kernel = weights[len(matches)]
   for d in reversed(range(len(matches))):
     kernel = weights[d] + matches[d] * kernel

@@ -21,7 +21,11 @@ def n_nodes(p: int, depth: int) -> int:
 
 
 def paths(digits: jax.Array, p: int) -> jax.Array:
-  """Node numbers of all prefixes, [..., K] -> [..., K + 1], root first."""
+  """Node numbers of all prefixes, [..., K] -> [..., K + 1], root first.
+
+  >>> paths(jnp.array([1, 0]), 2).tolist()
+  [0, 2, 5]
+  """
   K = digits.shape[-1]
   code, found = jnp.zeros_like(digits[..., 0]), []
   for d in range(K + 1):
@@ -33,7 +37,7 @@ def paths(digits: jax.Array, p: int) -> jax.Array:
 
 def predict(tree: Tree, path: jax.Array, p: int) -> jax.Array:
   """Sum of the existing node vectors along each path [..., K + 1], mod p: [..., m]."""
-  return jnp.sum(jnp.where(tree.exists[path][..., None], tree.value[path], 0), -2) % p
+  return jnp.sum(jnp.where(tree.exists[path][..., None], tree.value[path], 0), -2, tree.value.dtype) % p
 
 
 def tree_fit(digits: jax.Array, labels: jax.Array, p: int) -> tuple[Tree, jax.Array]:
@@ -56,7 +60,7 @@ def tree_fit(digits: jax.Array, labels: jax.Array, p: int) -> tuple[Tree, jax.Ar
     missing = ~tree.exists[path]
     erred = jnp.any(residual != 0)
     node = jnp.where(erred & jnp.any(missing), path[jnp.argmax(missing)], total)
-    value = tree.value.at[node].set(residual, mode="drop")
+    value = tree.value.at[node].set(residual.astype(jnp.int32), mode="drop")
     return Tree(value, tree.exists.at[node].set(True, mode="drop")), erred
 
   empty = Tree(jnp.zeros((total, labels.shape[-1]), jnp.int32), jnp.zeros(total, bool))

@@ -1,5 +1,6 @@
 """Claims about trees, small errors and functions of p-adic integers, each with a broken twin."""
 
+import functools
 import itertools
 import math
 from fractions import Fraction
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from mgr_jax.algebra import padic, padic_functions, padic_tree
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 
 def _rng(key: jax.Array) -> np.random.Generator:
@@ -28,9 +29,9 @@ def _gromov(leaf_base: bool) -> Check:
       distance = np.full((n + 1, n + 1), K, int)
       distance[:n, :n], distance[n, n] = 2 * (K - lcp), 0
       product = padic.gromov_product(distance, 0 if leaf_base else n)[:n, :n]
-      worst = max(worst, float(np.max(np.abs(product - lcp))))
+      worst = worst_of(worst, float(np.max(np.abs(product - lcp))))
       if n < 100:
-        worst = max(worst, float(padic.four_point_delta(distance, n)))
+        worst = worst_of(worst, float(padic.four_point_delta(distance, n)))
     return worst
 
   return measure
@@ -75,6 +76,11 @@ def _mahler(tighter: int) -> Check:
 _fit = jax.jit(padic_tree.tree_fit, static_argnums=2)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _predicted(tree, digits, p):
+  return padic_tree.predict(tree, padic_tree.paths(digits, p), p)
+
+
 def _write_once(deeper: bool) -> Check:
   """|errors - nodes| plus errors in a second pass over all strings; labels may depend on one digit more."""
 
@@ -82,14 +88,15 @@ def _write_once(deeper: bool) -> Check:
     del scale
     rng, wrong = _rng(key), 0
     for p, depth, m in ((4, 3, 2), (16, 2, 1)):
-      label = rng.integers(0, p, (p ** (depth + deeper), m))
-      strings = np.tile(np.arange(p ** (depth + deeper)), (depth + 2) * p)
-      rng.shuffle(strings)
+      # One digit more than the tree has, which labels ignore unless told otherwise.
+      every = np.arange(p ** (depth + 1))
+      label = rng.integers(0, p, (every.size, m))[every if deeper else every % p**depth]
+      leaves = np.tile(np.arange(p**depth), (depth + 2) * p)
+      strings = rng.permutation(leaves) + p**depth * rng.integers(0, p, leaves.size)
       digits = strings[:, None] // p ** np.arange(depth) % p
       tree, erred = _fit(digits.astype(np.int32), label[strings].astype(np.int32), p)
       nodes, errors = int(np.sum(tree.exists)), int(np.sum(erred))
-      every = np.arange(p ** (depth + deeper))
-      found = padic_tree.predict(tree, padic_tree.paths(every[:, None] // p ** np.arange(depth) % p, p), p)
+      found = _predicted(tree, every[:, None] // p ** np.arange(depth) % p, p)
       wrong += abs(errors - nodes) + max(0, nodes - padic_tree.n_nodes(p, depth))
       wrong += int(np.sum(np.any(np.asarray(found) != label, -1)))
     return float(wrong)

@@ -35,6 +35,9 @@ def phi_delta(l: jax.Array, delta) -> jax.Array:
   """Φ_δ(l) = (1 - e^{-δl})/l = ∫_0^δ e^{-sl} ds = δ·φ1(-δl): time δ of w' = -(l·w + g) from 0 gives w = -Φ_δ(l)·g.
 
   δ for l -> 0, 1/l for δ·l -> inf.
+
+  >>> round(float(phi_delta(0.0, 0.5)), 4), round(float(phi_delta(2.0, 1e9)), 4)
+  (0.5, 0.5)
   """
   return delta * phi1(-delta * l)
 

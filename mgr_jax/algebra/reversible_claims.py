@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.algebra import fixed_point, mixers
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 FRAC_BITS = 16
 DEPTH = 32
@@ -55,6 +55,11 @@ def _inverse(ws, z, truncates):
   return jax.lax.scan(layer, z, ws, reverse=True)[0]
 
 
+@jax.jit
+def _fixed(x):
+  return fixed_point.to_fixed(x, FRAC_BITS)
+
+
 def _mismatches(z, back) -> float:
   return float(sum(np.sum(np.asarray(a) != np.asarray(b)) for a, b in zip(z, back, strict=True)))
 
@@ -62,10 +67,9 @@ def _mismatches(z, back) -> float:
 def _coupling(truncates: bool) -> Check:
   def measure(key, scale):
     rng, wrong = generator(key), 0.0
-    ws = jnp.asarray(rng.normal(size=(DEPTH, 2, 8, 8)), jnp.float32)
+    ws = rng.normal(size=(DEPTH, 2, 8, 8)).astype(np.float32)
     for size in (1e-3, 1.0, 30.0):
-      x = jnp.asarray(rng.normal(size=(2, 2, 5 * scale, 8)) * size, jnp.float32)
-      z = tuple(fixed_point.to_fixed(x, FRAC_BITS))
+      z = tuple(_fixed(rng.normal(size=(2, 2, 5 * scale, 8)).astype(np.float32) * np.float32(size)))
       wrong += _mismatches(z, _inverse(ws, _forward(ws, z, fixed_point.add), truncates))
     return wrong
 
@@ -77,14 +81,16 @@ def _wrap_around(add) -> Check:
 
   def measure(key, scale):
     rng = generator(key)
-    ws = jnp.asarray(rng.normal(size=(DEPTH, 2, 8, 8)), jnp.float32)
+    ws = rng.normal(size=(DEPTH, 2, 8, 8)).astype(np.float32)
     ends = rng.integers(-(2**17), 2**17, (2, 2, 5 * scale, 8)) + 2**31
-    z = tuple(jnp.asarray(ends.astype(np.uint32).view(np.int32)))
+    z = tuple(ends.astype(np.uint32).view(np.int32))
     return _mismatches(z, _inverse(ws, _forward(ws, z, add), False))
 
   return measure
 
 
+_lifting = jax.jit(mixers.lifting)
+_cayley_map = jax.jit(mixers.cayley)
 _givens = jax.jit(mixers.givens_fixed)
 _givens_inverse = jax.jit(mixers.givens_fixed_inverse)
 
@@ -102,14 +108,14 @@ def _turned(key, scale):
   rng = generator(key)
   z = rng.integers(-(2**20), 2**20, (200 * scale, 16)).astype(np.int32)
   angle = rng.uniform(-np.pi / 2, np.pi / 2, 8).astype(np.float32)
-  return z, angle, mixers.lifting(jnp.asarray(angle)), mixers.pairing(16, 1)
+  return z, angle, _lifting(angle), mixers.pairing(16, 1)
 
 
 def _givens_round_trip(omits: bool) -> Check:
   def measure(key, scale):
     z, _, coefficients, permutation = _turned(key, scale)
     forward = _two_shears if omits else _givens
-    back = _givens_inverse(jnp.asarray(forward(z, coefficients, permutation), jnp.int32), coefficients, permutation)
+    back = _givens_inverse(np.asarray(forward(z, coefficients, permutation), np.int32), coefficients, permutation)
     return float(np.sum(np.asarray(back) != z))
 
   return measure
@@ -137,9 +143,9 @@ def _cayley(factor: float) -> Check:
       for _ in range(2 * scale):
         U, V = rng.normal(size=(2, 32, 2)) / 4
         A = U @ V.T - V @ U.T
-        Q = np.asarray(mixers.cayley(jnp.asarray(one), jnp.asarray(U), jnp.asarray(V))).T
+        Q = np.asarray(_cayley_map(one, U, V)).T
         Q = one + factor * (Q - one)
-        worst = max(worst, np.max(np.abs(Q - np.linalg.solve(one - A, one + A))), np.max(np.abs(Q.T @ Q - one)))
+        worst = worst_of(worst, np.max(np.abs(Q - np.linalg.solve(one - A, one + A))), np.max(np.abs(Q.T @ Q - one)))
     return worst
 
   return measure
@@ -175,7 +181,7 @@ def _volume(mixer, stretch: float) -> Check:
     with jax.enable_x64(True):
       U, V = rng.normal(size=(2, 4, 1)) / 2
       values = rng.normal(size=(3, 4, 4)), rng.normal(size=24), U, V, rng.uniform(-1, 1, 2), np.float64(stretch)
-      return abs(float(np.linalg.det(np.asarray(_jacobian(jax.tree.map(jnp.asarray, values), mixer)))) - 1)
+      return abs(float(np.linalg.det(np.asarray(_jacobian(values, mixer)))) - 1)
 
   return measure
 

@@ -106,6 +106,10 @@ def frontier(model: ErrorModel, cost: Powers) -> Frontier:
   Raises:
     ValueError: the number of terms differs from that of the resources, the terms do not determine the point, or their
       balance is not the optimum because a term is better driven to nothing.
+
+  >>> model = ErrorModel(1.69, (term(406.4, N=Fraction(-34, 100)), term(410.7, D=Fraction(-28, 100))))
+  >>> print(frontier(model, {"N": Fraction(1), "D": Fraction(1)}).exponents["N"])
+  14/31
   """
   names, terms = tuple(sorted({*model.resources, *cost})), model.terms
   if len(terms) != len(names):

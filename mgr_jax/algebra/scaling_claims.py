@@ -39,7 +39,7 @@ def _compute_frontier(swapped: bool) -> Check:
         excess = float(a) * np.exp(-float(alpha) * log_n) + float(b) * np.exp(-float(beta) * (log_c - log_n))
         best.append(log_n[np.argmin(excess)])
       found = exponents["D" if swapped else "N"]
-      worst = max(worst, abs((best[1] - best[0]) / 40 / float(found) - 1))
+      worst = np.max([worst, abs((best[1] - best[0]) / 40 / float(found) - 1)])
     return worst
 
   return measure
@@ -63,7 +63,7 @@ def _width_frontiers(stability_sign: int) -> Check:
         log_m[np.argmin(np.exp(-float(b) * log_m) + np.exp(float(m) * log_m - float(n) * log_d))]
         for log_d in (5.0, 25.0)
       ]
-      worst = max(worst, abs((best[1] - best[0]) / 20 / float(n / (b + m)) - 1))
+      worst = np.max([worst, abs((best[1] - best[0]) / 20 / float(n / (b + m)) - 1)])
       # The least compute, on a grid, for which the third term at the largest stable η is no larger than the first.
       floor = balance(width, substitute(steps, "eta", {"M": -stability_sign * s}), "C").get("M", Fraction(0))
       grid = np.linspace(-10, 1200, 40001)
@@ -71,7 +71,7 @@ def _width_frontiers(stability_sign: int) -> Check:
       for at in (10.0, 40.0):
         third = -float(c) * grid + float(u * s) * at + float(v) * at
         needed.append(grid[np.argmax(third <= -float(b) * at)])
-      worst = max(worst, abs((needed[1] - needed[0]) / 30 - float(floor)) / float((b + v + u * s) / c))
+      worst = np.max([worst, abs((needed[1] - needed[0]) / 30 - float(floor)) / float((b + v + u * s) / c)])
     return worst
 
   return measure

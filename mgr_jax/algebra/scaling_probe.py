@@ -51,7 +51,12 @@ class Prediction(NamedTuple):
 
 
 def predict(full, half, quarter=None, cost_multiplier: float = 2.0) -> Prediction:
-  """The prediction of one axis from the losses of the full, half and quarter systems."""
+  """The prediction of one axis from the losses of the full, half and quarter systems.
+
+  >>> law = lambda x: 1.7 + 3 * x**-0.34
+  >>> round(float(predict(law(1), law(0.5), law(0.25)).low), 6), round(law(1) - law(2), 6)
+  (0.629876, 0.629876)
+  """
   full, half = np.asarray(full, np.float64), np.asarray(half, np.float64)
   quarter = np.full_like(half, np.nan) if quarter is None else np.asarray(quarter, np.float64)
   g = half - full

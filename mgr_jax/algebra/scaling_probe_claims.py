@@ -70,7 +70,7 @@ def _aitken(second_power: float) -> Check:
       floor, a = rng.uniform(0, 3), rng.uniform(0.5, 3)
       loss = lambda x, a=a, alpha=alpha, floor=floor: floor + a * (x**-alpha + second_power * x ** (-2 * alpha))
       found = scaling_probe.predict(loss(1.0), loss(0.5), loss(0.25))
-      worst = max(worst, abs(float(found.low) / (loss(1.0) - loss(2.0)) - 1))
+      worst = np.max([worst, abs(float(found.low) / (loss(1.0) - loss(2.0)) - 1)])
     return worst
 
   return measure

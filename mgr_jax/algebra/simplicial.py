@@ -72,6 +72,9 @@ def build_complex(maximal: Iterable[Sequence[int]], max_dim: int | None = None) 
   """The smallest complex that contains `maximal`, cut off above `max_dim`.
 
   Vertices may come in any order and repeated; (2, 0, 2) is the edge (0, 2).
+
+  >>> build_complex([(2, 0, 1), (3, 1)]).sizes
+  (4, 4, 1)
   """
   levels: list[set[tuple[int, ...]]] = []
   for given in maximal:
@@ -91,6 +94,9 @@ def flag_complex(adjacency: np.ndarray, max_dim: int) -> Complex:
 
   Raises:
     ValueError: a matrix that is not square and symmetric, or `max_dim` < 0.
+
+  >>> flag_complex(np.ones((4, 4)), 3).sizes
+  (4, 6, 4, 1)
   """
   adjacency = np.asarray(adjacency).astype(bool)
   if adjacency.ndim != 2 or adjacency.shape[0] != adjacency.shape[1] or not np.array_equal(adjacency, adjacency.T):
@@ -162,6 +168,12 @@ def boundary(complex_: Complex, k: int) -> Boundary:
 
   Raises:
     ValueError: k outside 0..dim+1.
+
+  >>> triangle = build_complex([(0, 1, 2)])
+  >>> boundary(triangle, 2).dense().T.tolist()
+  [[1, -1, 1]]
+  >>> (boundary(triangle, 1).dense() @ boundary(triangle, 2).dense()).any().item()
+  False
   """
   if not 0 <= k <= complex_.dim + 1:
     raise ValueError(f"k={k} is outside 0..{complex_.dim + 1}, the boundaries of this complex")
@@ -197,6 +209,10 @@ def relabel(complex_: Complex, new_labels: dict[int, int]) -> tuple[Complex, tup
 
   Raises:
     ValueError: two vertices with one new name.
+
+  >>> _, moves = relabel(build_complex([(0, 1)]), {0: 1, 1: 0})
+  >>> moves[1][1].tolist()
+  [-1]
   """
   if len({new_labels[int(v)] for v in complex_.simplices[0].ravel()} if complex_.simplices else ()) < complex_.size(0):
     raise ValueError("two vertices get the same new name")
@@ -234,7 +250,11 @@ def sphere(dim: int = 2) -> Complex:
 
 
 def torus() -> Complex:
-  """The torus on seven vertices, the fewest possible (Möbius, 1886). β = (1, 2, 1)."""
+  """The torus on seven vertices, the fewest possible (Möbius, 1886). β = (1, 2, 1).
+
+  >>> torus().sizes
+  (7, 21, 14)
+  """
   triangles = [((i + a) % 7, (i + b) % 7, (i + c) % 7) for i in range(7) for a, b, c in ((0, 1, 3), (0, 2, 3))]
   return build_complex(triangles)
 

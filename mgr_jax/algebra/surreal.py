@@ -28,6 +28,10 @@ class Form:
 
   Raises:
     NotNumericError: a left option is >= a right option.
+
+  >>> half = Form((form(0),), (form(1),))
+  >>> half, value(half)
+  ({0 | 1}, Dyadic(num=1, k=1))
   """
 
   __slots__ = ("__weakref__", "left", "right")
@@ -64,7 +68,12 @@ def less_equal(x: Form, y: Form) -> bool:
 
 
 def equal(x: Form, y: Form) -> bool:
-  """x <= y and y <= x: the same number, perhaps written differently."""
+  """x <= y and y <= x: the same number, perhaps written differently.
+
+  >>> two_ways = Form((form(-1),), (form(5),)), form(0)
+  >>> equal(*two_ways), two_ways[0] is two_ways[1]
+  (True, False)
+  """
   return less_equal(x, y) and less_equal(y, x)
 
 
@@ -119,6 +128,9 @@ def add(x: Form, y: Form, max_ops: int = MAX_OPS, reduce: bool = True) -> Form:
 
   Raises:
     SurrealBudgetError: with both birthdays.
+
+  >>> add(form(1), form(Fraction(1, 2)))
+  {1 | 2}
   """
   return _checked(_add, x, y, (_born(x) + 1) * (_born(y) + 1), max_ops, reduce)
 
@@ -132,6 +144,9 @@ def multiply(x: Form, y: Form, max_ops: int = MAX_OPS, reduce: bool = True) -> F
   """Conway's product; arguments as in `add`, at most birthday(x)²·birthday(y)² pairs.
 
   xy = {x^L y + x y^L - x^L y^L, x^R y + x y^R - x^R y^R | x^L y + x y^R - x^L y^R, x^R y + x y^L - x^R y^L}
+
+  >>> print(multiply(form(Fraction(3, 4)), form(Fraction(3, 2))))
+  9/8
   """
   return _checked(_multiply, x, y, _born(x) ** 2 * _born(y) ** 2, max_ops, reduce)
 

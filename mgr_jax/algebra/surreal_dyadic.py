@@ -15,7 +15,11 @@ from typing import NamedTuple
 @functools.total_ordering
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dyadic:
-  """num/2^k in lowest terms: `num` is odd, or `k` is 0. Closed under sums and products, not under division."""
+  """num/2^k in lowest terms: `num` is odd, or `k` is 0. Closed under sums and products, not under division.
+
+  >>> print(Dyadic(6, 3), Dyadic.of(0.625) + Dyadic(3, 3))
+  3/4 1
+  """
 
   num: int
   k: int = 0
@@ -78,7 +82,11 @@ ZERO = Dyadic(0)
 
 
 def birthday(x: Dyadic) -> int:
-  """The day on which x is born: |x| for integers, ⌊|x|⌋ + 1 + k for m/2^k in lowest terms."""
+  """The day on which x is born: |x| for integers, ⌊|x|⌋ + 1 + k for m/2^k in lowest terms.
+
+  >>> birthday(Dyadic(5, 1)), birthday(Dyadic(-3))
+  (4, 3)
+  """
   return abs(x.num) if x.k == 0 else (abs(x.num) >> x.k) + 1 + x.k
 
 
@@ -105,7 +113,11 @@ def between(low: Dyadic | None, high: Dyadic | None) -> Dyadic:
 
 
 def signs(x: Dyadic) -> str:
-  """The path from 0 to x, a word of `+` and `-` as long as its birthday: 3/4 is `+-+`."""
+  """The path from 0 to x, a word of `+` and `-` as long as its birthday: 3/4 is `+-+`.
+
+  >>> signs(Dyadic(3, 2))
+  '+-+'
+  """
   word, steps, at = "", _descent(lambda at: x > at), ZERO
   while at != x:
     sign, at = next(steps)
@@ -133,6 +145,9 @@ def simplest_between(low: Dyadic | None, high: Dyadic | None) -> Dyadic:
 
   Raises:
     ValueError: low >= high.
+
+  >>> print(simplest_between(Dyadic(2), Dyadic(3)), simplest_between(None, Dyadic(-4)))
+  5/2 -5
   """
   if low is not None and high is not None and low >= high:
     raise ValueError(f"no number is larger than {low} and smaller than {high}")
@@ -157,6 +172,10 @@ def inverse(x: Dyadic, days: int) -> Approx:
   Raises:
     ZeroDivisionError: x = 0.
     ValueError: `days` is less than ⌊1/|x|⌋ + 2, where the integer part is not yet complete.
+
+  >>> third = inverse(Dyadic(3), 8)
+  >>> print(third.value, third.bound)
+  43/128 1/128
   """
   if x == ZERO:
     raise ZeroDivisionError("0 has no inverse")

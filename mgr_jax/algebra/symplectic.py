@@ -19,7 +19,11 @@ def symplectic_form(n: int, dtype=None) -> jax.Array:
 
 
 def defect(M: jax.Array) -> jax.Array:
-  """max |MᵀΩM - Ω| of matrices [..., 2n, 2n]; zero exactly for symplectic ones."""
+  """max |MᵀΩM - Ω| of matrices [..., 2n, 2n]; zero exactly for symplectic ones.
+
+  >>> defect(jnp.array([[2.0, 0.0], [0.0, 0.5]])).item(), defect(2 * jnp.eye(2)).item()
+  (0.0, 3.0)
+  """
   form = symplectic_form(M.shape[-1] // 2, M.dtype)
   return jnp.max(jnp.abs(M.mT @ form @ M - form), axis=(-2, -1))
 
@@ -55,7 +59,14 @@ def euler(q: jax.Array, p: jax.Array, grad_V: Gradient, grad_T: Gradient, h) -> 
 
 
 def leapfrog(q: jax.Array, p: jax.Array, grad_V: Gradient, grad_T: Gradient, h) -> tuple[jax.Array, jax.Array]:
-  """Half a kick, a drift, half a kick (Störmer-Verlet): symplectic, second order, and its own inverse with -h."""
+  """Half a kick, a drift, half a kick (Störmer-Verlet): symplectic, second order, and its own inverse with -h.
+
+  >>> spring = lambda x: x
+  >>> q, p = leapfrog(1.0, 0.0, spring, spring, 0.1)
+  >>> q, p = leapfrog(q, p, spring, spring, -0.1)
+  >>> round(q, 12), abs(round(p, 12))
+  (1.0, 0.0)
+  """
   p = p - h / 2 * grad_V(q)
   q = q + h * grad_T(p)
   return q, p - h / 2 * grad_V(q)

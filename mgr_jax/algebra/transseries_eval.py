@@ -26,6 +26,10 @@ def log_eval(f: Series, log_x: int | float) -> LogValue:
 
   Raises:
     ValueError: log_x <= 1, where log log x is not positive.
+
+  >>> from mgr_jax.algebra.transseries_growth import X
+  >>> float(log_eval(X * X, 1000).log)
+  2000.0
   """
   if log_x <= 1:
     raise ValueError(f"log_x={log_x} is not above 1, so log log x is not positive")

@@ -92,6 +92,9 @@ def log(f: Series) -> Series:
 
   Raises:
     DomainError: a leading coefficient other than 1, whose logarithm is no rational number, or a power of log log x.
+
+  >>> print(log(exp(X * X) * X))
+  x^2 + log x
   """
   m, c = transseries.lead(f)
   if c <= 0:
@@ -113,6 +116,9 @@ def exp(f: Series) -> Series:
   Raises:
     DomainError: a constant term, or a large part other than P + α·log x + β·log log x.
     Undecidable: a tail of 1 or more.
+
+  >>> exp(X) > growth(a=50), exp(LOG_X) == X
+  (True, True)
   """
   large, fixed, small = transseries.split(f)
   if fixed:
@@ -136,6 +142,9 @@ def derivative(f: Series) -> Series:
 
   The derivative of O(m) is O(m'); that of a tail of order 1, whose own derivative says nothing, is
   O(1/(x log x log log x)), the bound for all functions here that tend to a constant.
+
+  >>> print(derivative(X * LOG_X))
+  log x + 1
   """
   total = transseries.series(ONE, [(n, k * c) for m, c in f.terms for n, k in _logarithmic(m, m)])
   if f.tail is None:

@@ -64,7 +64,11 @@ def _exact(m: Power) -> Series:
 
 
 def number(value: int | Fraction) -> Series:
-  """A rational number as a normal form."""
+  """A rational number as a normal form.
+
+  >>> OMEGA > number(10**100), EPSILON * OMEGA == number(1)
+  (True, True)
+  """
   return transseries.constant(ONE, value)
 
 
@@ -74,6 +78,9 @@ def omega(exponent: int | Fraction | Series = 1) -> Series:
   Raises:
     Undecidable: an exponent that is known only up to a tail.
     ValueError: more than `MAX_NESTING` levels of exponents.
+
+  >>> print(omega(Fraction(1, 2)) * omega(Fraction(1, 2)), OMEGA - 1)
+  ω ω - 1
   """
   exponent = exponent if isinstance(exponent, Series) else number(exponent)
   if exponent.tail is not None:
@@ -94,6 +101,9 @@ def standard_part(f: Series) -> Fraction:
   Raises:
     DomainError: f is infinite.
     Undecidable: the tail hides it.
+
+  >>> standard_part((2 + EPSILON) * (3 - EPSILON))
+  Fraction(6, 1)
   """
   large, fixed, _ = transseries.split(f)
   if large.terms:

@@ -161,6 +161,9 @@ def mutual_information(weight_ij: jax.Array) -> jax.Array:
 
   Positive values certify that the weights are not a product of two pairwise attentions. A sink counts as no mass: P is
   normalised first.
+
+  >>> mutual_information(jnp.full((2, 2), 0.25)).item(), round(mutual_information(jnp.eye(2) / 2).item(), 4)
+  (0.0, 0.6931)
   """
   p = weight_ij / jnp.sum(weight_ij, (-2, -1), keepdims=True)
   product = jnp.sum(p, -1, keepdims=True) * jnp.sum(p, -2, keepdims=True)
@@ -181,6 +184,10 @@ def match3_vectors(x: np.ndarray, modulus: int) -> tuple[np.ndarray, np.ndarray]
 
   Returns:
     q [..., M + 1] and k [..., M + 1]; k serves as both keys.
+
+  >>> q, k = match3_vectors(np.array([1, 2, 4]), 7)  # 1 + 2 + 4 = 7
+  >>> round(float(FORMS["complex"](q[0], k[1], k[2])), 5), round(abs(float(FORMS["complex"](q[0], k[1], k[1]))), 5)
+  (1.0, 0.0)
   """
   if modulus < 3 or modulus % 2 == 0:
     raise ValueError(f"modulus={modulus} is not an odd number of 3 or more")

@@ -14,7 +14,11 @@ from mgr_jax.algebra.tropical_matmul import tmm
 
 
 def tmv(a: jax.Array, x: jax.Array) -> jax.Array:
-  """(a ⊗ x)_i = max_k (a_ik + x_k) for a [m, k] and x [..., k]."""
+  """(a ⊗ x)_i = max_k (a_ik + x_k) for a [m, k] and x [..., k].
+
+  >>> tmv(jnp.array([[0.0, 5.0], [2.0, 1.0]]), jnp.array([10.0, 3.0])).tolist()
+  [10.0, 12.0]
+  """
   return jnp.max(a + x[..., None, :], -1)
 
 
@@ -41,6 +45,12 @@ def kleene_star(a: jax.Array, tolerance: float = 0.0) -> jax.Array:
 
   Raises:
     ValueError: a cycle has positive weight, so no best path exists.
+
+  The way 0 -> 1 -> 2 is heavier than the edge 0 -> 2:
+
+  >>> no = -jnp.inf
+  >>> kleene_star(jnp.array([[no, 2.0, 3.0], [no, no, 4.0], [no, no, no]]))[0].tolist()
+  [0.0, 2.0, 6.0]
   """
   star, heaviest = _closure(a)
   if heaviest > tolerance:
@@ -56,7 +66,21 @@ def eigen_karp(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Raises:
     ValueError: node 0 lies on no cycle, so that a is not irreducible.
+
+  The cycle 0 -> 1 -> 0 has the mean (2 + 4)/2:
+
+  >>> value, _ = eigen_karp(jnp.array([[1.0, 2.0], [4.0, -jnp.inf]]))
+  >>> float(value)
+  3.0
   """
+  value, vector = _karp(a)
+  if not jnp.isfinite(value):
+    raise ValueError("the matrix is not irreducible: no cycle passes through what node 0 reaches")
+  return value, vector
+
+
+@jax.jit
+def _karp(a):
   n = a.shape[0]
   rows = [identity(n, a.dtype)[0]]
   for _ in range(n):
@@ -65,8 +89,6 @@ def eigen_karp(a: jax.Array) -> tuple[jax.Array, jax.Array]:
   # A length without a walk does not limit the minimum; a node that n steps do not reach cannot attain the maximum.
   means = jnp.where(walks > -jnp.inf, (rows[-1] - walks) / (n - jnp.arange(n))[:, None], jnp.inf)
   value = jnp.max(jnp.where(rows[-1] > -jnp.inf, jnp.min(means, 0), -jnp.inf))
-  if not jnp.isfinite(value):
-    raise ValueError("the matrix is not irreducible: no cycle passes through what node 0 reaches")
   star, _ = _closure(a - value)
   critical = jnp.argmax(jnp.diagonal(tmm(a - value, star)))
   return value, star[:, critical]
@@ -88,6 +110,12 @@ def trop_roots(coefficients) -> Roots:
   """Where the maximum of `trop_poly_eval` changes its term, by the upper hull of the points (j, c_j). Runs on the host.
 
   Multiplicities, the hull edges' lengths, add up to degree minus order: the tropical fundamental theorem.
+
+  max(0, x + 3, 2x + 4):
+
+  >>> roots = trop_roots([0.0, 3.0, 4.0])
+  >>> roots.at.tolist(), roots.multiplicity.tolist()
+  ([-3.0, -1.0], [1, 1])
   """
   c = np.asarray(coefficients, np.float64)
   hull: list[int] = []
@@ -115,6 +143,10 @@ def hilbert_dist(x: jax.Array, y: jax.Array) -> jax.Array:
   """d_H = max_r(x_r - y_r) - min_r(x_r - y_r) over the last axis, a metric up to adding a constant to x or y.
 
   2-Lipschitz in each argument in the sup norm.
+
+  >>> x = jnp.array([1.0, 4.0, 2.0])
+  >>> float(hilbert_dist(x, x + 7)), float(hilbert_dist(x, jnp.zeros(3)))
+  (0.0, 3.0)
   """
   return jnp.max(x - y, -1) - jnp.min(x - y, -1)
 
@@ -167,3 +199,38 @@ def route_trace(q: jax.Array, k: jax.Array, v: jax.Array) -> Route:
 def margin_radius(margin: jax.Array, moves: str) -> jax.Array:
   """Sup-norm size below which perturbations keep the winner: γ/2 when `moves` is `one` of q, k, v; γ/6 for `all`."""
   return margin / {"one": 2, "all": 6}[moves]
+
+
+class Flip(NamedTuple):
+  """The smallest change that makes another key win: its size, the new winner and the coordinate it wins through."""
+
+  size: np.ndarray
+  rival: np.ndarray
+  coordinate: np.ndarray
+
+
+def smallest_flip(q, k, v) -> Flip:
+  """The least ε for which q, k and v, moved by ε each, let another key reach max_s max_r (q_r + k_sr + v_s).
+
+  Key s reaches the winner w through its coordinate r when q_r, k_sr and v_s rise and all else about w falls. Then
+  l_sr - l_wi gains 6ε, and 4ε for i = r, whose q_r both share, so that ε = min_sr max_i (l_wi - l_sr)/(6 or 4), between
+  γ/6 and γ/4. Runs on the host.
+
+  Args:
+    q, k, v: [..., D], [S, D] and [..., S]: one output coordinate per query.
+
+  The winner leads by 3; what both share through coordinate 0 leaves 4ε:
+
+  >>> flip = smallest_flip([[0.0]], [[4.0], [1.0]], [[0.0, 0.0]])
+  >>> float(flip.size[0]), int(flip.rival[0])
+  (0.75, 1)
+  """
+  q, k, v = (np.asarray(x) for x in (q, k, v))
+  terms = q[..., None, :] + k + v[..., None]
+  winner = np.argmax(np.max(terms, -1), -1)[..., None, None]
+  best = np.take_along_axis(terms, winner, -2)
+  lead = (best[..., None, :] - terms[..., None]) / np.where(np.eye(k.shape[-1], dtype=bool), 4, 6)
+  size = np.where(np.arange(k.shape[0])[:, None] == winner, np.inf, np.max(lead, -1))
+  flat = size.reshape(*size.shape[:-2], -1)
+  rival, coordinate = np.divmod(np.argmin(flat, -1), k.shape[-1])
+  return Flip(np.min(flat, -1), rival, coordinate)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgr_jax.algebra import tropical
+from mgr_jax.algebra import tropical, tropical_training
 from mgr_jax.algebra.tropical_matmul import tmm
-from mgr_jax.claims import Check, Claim, claim
+from mgr_jax.claims import Check, Claim, claim, worst_of
 
 
 def rng_of(key: jax.Array) -> np.random.Generator:
@@ -44,7 +44,7 @@ def _semiring(add, mul, zero, one) -> Check:
       (add(a, np.full_like(a, zero)), a),
       (mul(a, np.full_like(a, one)), a),
     )
-    return max(distance(x, y) for x, y in pairs)
+    return worst_of(distance(x, y) for x, y in pairs)
 
   return worst(measure, double=False)
 
@@ -56,7 +56,7 @@ def _product(product) -> Check:
     del scale
     a, b, c = (rng.integers(-1024, 1025, (4, m, n)).astype(np.float32) for m, n in ((5, 7), (7, 6), (6, 40)))
     dense = np.max(a[..., None] + b[:, None], 2)
-    return max(distance(product(a, b), dense), distance(product(product(a, b), c), product(a, product(b, c))))
+    return worst_of(distance(product(a, b), dense), distance(product(product(a, b), c), product(a, product(b, c))))
 
   return worst(measure, double=False)
 
@@ -83,7 +83,7 @@ def _best_paths(cycle: bool) -> Check:
       return np.inf
     a = jnp.asarray(rng.normal(size=(8, 8)))
     value, vector = tropical.eigen_karp(a)
-    return max(distance(star, best), distance(tropical.tmv(a, vector), value + vector))
+    return worst_of(distance(star, best), distance(tropical.tmv(a, vector), value + vector))
 
   return worst(measure)
 
@@ -101,7 +101,46 @@ def _fundamental_theorem(drop: int) -> Check:
       x = np.linspace(-4, 4, 101)
       terms = np.max(np.where(np.isfinite(c), c, -1e9) + np.arange(9) * x[:, None], -1)
       errors += [distance(tropical.factored(c, roots, x), terms), abs(roots.multiplicity.sum() - 8)]
-    return max(errors)
+    return worst_of(errors)
+
+  return worst(measure)
+
+
+def _projective(metric: Callable) -> Check:
+  """Violations of a metric on vectors up to constants: shifts, symmetry, triangle, zero exactly on one line.
+
+  And of the canonical representative: largest entry 0, the same for every shift.
+  """
+  metric = jax.jit(metric)
+
+  def measure(rng, scale):
+    x, y, z = rng.normal(size=(3, 200 * scale, 6))
+    a, b = rng.normal(size=(2, 200 * scale, 1))
+    d = metric(x, y)
+    broken = [np.abs(metric(x + a, y + b) - d), np.abs(metric(y, x) - d), metric(x, z) - d - metric(y, z)]
+    broken += [metric(x, x + a), np.where(d > 0, 0.0, 1.0)]
+    broken += [np.abs(metric(_gauge(x), _gauge(y)) - d), np.abs(_gauge(x + a) - _gauge(x)), np.max(_gauge(x), -1)]
+    return worst_of(float(np.max(violation)) for violation in broken)
+
+  return worst(measure)
+
+
+_gauge = jax.jit(tropical.gauge)
+
+
+def _smooth(slack: float) -> Check:
+  """How far log Σ e^{βx}/β leaves [max, max + slack·log(n)/β], attained by equal entries, and ⊕_β its laws."""
+  lse, add = jax.jit(tropical.lse_beta), jax.jit(tropical.maslov_add)
+
+  def measure(rng, scale):
+    x = rng.normal(size=(50 * scale, 3)) * rng.integers(0, 2, (50 * scale, 1))
+    found = []
+    for beta in (0.5, 4.0):
+      above, (a, b, c) = lse(x, beta) - np.max(x, -1), x.T
+      both = add(add(a, b, beta), c, beta)
+      found += [np.max(-above), np.max(above) - slack * np.log(3) / beta, distance(both, lse(x, beta))]
+      found += [distance(both, add(a, add(b, c, beta), beta)), distance(add(a + c, b + c, beta), add(a, b, beta) + c)]
+    return worst_of(found)
 
   return worst(measure)
 
@@ -140,7 +179,23 @@ def _feed_forward(rational_map: Callable | None) -> Check:
     rational = rational_map(rng, n, m) if rational_map else lambda x: stack(x, branches[0]) - stack(x, branches[1])
     w, b = jax.jit(tropical.collapse_ffn)(*branches[0])
     collapsed = distance(layer(w, b, x), stack(x, branches[0]))
-    return max(collapsed, growth(lambda x: stack(x, branches[0])) - 1, growth(rational) - 2)
+    return worst_of(collapsed, growth(lambda x: stack(x, branches[0])) - 1, growth(rational) - 2)
+
+  return worst(measure)
+
+
+def _certified_step(factor: float) -> Check:
+  """Largest deviation of the own loss's change from -η·moved over one step for each sample."""
+
+  def measure(rng, scale):
+    tables, words, labels = tropical_training.random_task(rng, 24)
+    loss_of = lambda tables: tropical_training.losses(tropical_training.classify(tables, words).logits, labels)
+    loss, found = loss_of(tables), []
+    for i in np.tile(np.arange(24), scale):
+      tables, size, moved = tropical_training.perceptron_step(tables, words[i], labels[i], factor)
+      before, loss = loss, loss_of(tables)
+      found.append(abs(loss[i] - before[i] + size * moved))
+    return worst_of(found)
 
   return worst(measure)
 
@@ -176,11 +231,32 @@ CLAIMS: tuple[Claim, ...] = (
     _fundamental_theorem(drop=1),
   ),
   claim(
+    "tropical.projective_metric",
+    "Hilbert's distance is a metric of vectors up to constants; the largest difference alone is not",
+    _projective(tropical.hilbert_dist),
+    1e-12,
+    _projective(lambda x, y: jnp.max(jnp.abs(x - y), -1)),
+  ),
+  claim(
+    "tropical.smooth_maximum",
+    "log Σ e^{βx}/β lies in [max, max + log(n)/β]; ⊕_β is associative and + distributes over it; half the bound fails",
+    _smooth(1.0),
+    1e-12,
+    _smooth(0.5),
+  ),
+  claim(
     "tropical.route_stability",
     "if every rival rises by at most c and c is below the gap, the argmax stays (share of winners lost)",
     _route_stability(0.999),
     0.0,
     _route_stability(1.001),
+  ),
+  claim(
+    "tropical.certified_step",
+    "a perceptron step below an eighth of every lead changes the sample's loss by -η times the entries moved",
+    _certified_step(1.0),
+    1e-12,
+    _certified_step(20.0),
   ),
   claim(
     "tropical.feed_forward",

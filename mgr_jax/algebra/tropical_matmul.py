@@ -18,6 +18,9 @@ def tmm(a: jax.Array, b: jax.Array) -> jax.Array:
   Returns:
     [..., m, n]. m·k·n pairs (one addition, one maximum); no buffer of that size. The gradient goes to the winning k,
     the lowest at ties: a valid subgradient.
+
+  >>> tmm(jnp.array([[0.0, 5.0]]), jnp.array([[7.0, 1.0], [1.0, 4.0]])).tolist()
+  [[7.0, 9.0]]
   """
   return tmm_argmax(a, b)[0]
 

@@ -29,6 +29,9 @@ def fewest_terms(m: float, tail: float = 1e-7) -> int:
 
   Raises:
     ValueError: m not in (0, 700] or tail not in [1e-15, 1).
+
+  >>> [fewest_terms(m) for m in (0.01, 1, 4, 16)]
+  [3, 10, 18, 41]
   """
   if not 0 < m <= 700:
     raise ValueError(f"m={m} is outside (0, 700]")
@@ -71,6 +74,12 @@ def expm_markov(Q: jax.Array, u: jax.Array, tau: jax.Array, rate: float, terms: 
   """e^(τQ) u for a generator Q [n, n] with rates -Q_ii <= `rate`, and u [n, ...]; see the top for the error.
 
   A larger rate than necessary costs terms and changes nothing else.
+
+  >>> import numpy as np
+  >>> Q = np.array([[0.0, 0.0], [1.0, -1.0]], np.float32)  # leaves state 1 for state 0 at rate 1
+  >>> there = np.array([0, 1], np.float32)
+  >>> round(float(jax.jit(expm_markov, static_argnums=4)(Q, there, 1.0, 1.0, 12)[1]), 4)  # 1/e is still there
+  0.3679
   """
   P = jnp.eye(Q.shape[-1], dtype=Q.dtype) + Q / rate
   return poisson_sum(lambda z: matmul(P, z.reshape(z.shape[0], -1)).reshape(z.shape), u, rate * tau, terms)
@@ -81,6 +90,10 @@ def dyadic_walk(logits: jax.Array) -> jax.Array:
 
   Row t is a softmax over staying and the hops with t - 2^j >= 0, so P is lower-triangular and exactly stochastic at the
   start too; row 0 stays. Distance d is reached in as many hops as d has binary ones.
+
+  >>> import numpy as np
+  >>> jax.jit(dyadic_walk)(np.zeros((3, 2), np.float32)).tolist()
+  [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
   """
   n, taps = logits.shape[-2:]
   position = jnp.arange(n)

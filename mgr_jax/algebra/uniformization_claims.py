@@ -4,12 +4,12 @@ import functools
 
 import jax
 import numpy as np
-import scipy.linalg
 import scipy.stats
 
 from mgr_jax.algebra import uniformization
 from mgr_jax.algebra.hypercomplex_claims import generator
-from mgr_jax.claims import Check, claim
+from mgr_jax.algebra.lie_exp_claims import exp_float64
+from mgr_jax.claims import Check, claim, worst_of
 
 LENGTH = 32
 ROUNDING = 1e-13
@@ -44,7 +44,7 @@ def _stochastic(rolled: bool) -> Check:
       P = _rolled_walk(logits) if rolled else np.asarray(_walk(logits))
       mixed = poisson_sum(P, np.eye(LENGTH, dtype=np.float32), np.float32(4.0), 18)
       for M in (P, np.linalg.matrix_power(P, 5), np.asarray(mixed)):
-        worst = max(worst, np.max(np.abs(M.sum(1) - 1)), -np.min(M), np.max(np.triu(M, 1)))
+        worst = worst_of(worst, np.max(np.abs(M.sum(1) - 1)), -np.min(M), np.max(np.triu(M, 1)))
     return float(worst)
 
   return measure
@@ -60,14 +60,16 @@ def truncation(rng: np.random.Generator, m: float, terms: int, used: int | None 
   logits = rng.normal(size=(LENGTH, 6))
   always = np.where(np.arange(6) == 1, 60.0, 0.0) * np.ones((LENGTH, 1))
   bound = scipy.stats.poisson.sf(terms, m)
+  reached = np.arange(LENGTH)[:, None] < LENGTH - 1 - used
   ratio, largest = 0.0, 0.0
   with jax.enable_x64(True):
-    for logit, u in ((logits, rng.normal(size=(LENGTH, 4))), (always, np.arange(LENGTH)[:, None] < LENGTH - 1 - used)):
+    # Both of one shape, for one program.
+    for logit, u in ((logits, rng.normal(size=(LENGTH, 2))), (always, np.concatenate([reached, ~reached], 1))):
       P, u = np.asarray(_walk(logit)), u.astype(np.float64)
-      exact = scipy.linalg.expm(m * (P - np.eye(LENGTH))) @ u
+      exact = exp_float64(m * (P - np.eye(LENGTH))) @ u
       error = np.max(np.abs(np.asarray(poisson_sum(P, u, m, used)) - exact) / np.ptp(u, 0))
-      largest = max(largest, float(error))
-      ratio = max(ratio, float(max(0.0, error - ROUNDING) / max(bound, ROUNDING)))
+      largest = worst_of(largest, float(error))
+      ratio = worst_of(ratio, float(max(0.0, error - ROUNDING) / max(bound, ROUNDING)))
   return ratio, largest
 
 
@@ -80,7 +82,7 @@ def _bound(missing: int) -> Check:
     for m, K in cases:
       ratio, _ = truncation(rng, m, K, K - missing)
       vacuous = ratio < 1 / 50 and scipy.stats.poisson.sf(K, m) > 100 * ROUNDING
-      worst = max(worst, np.inf if vacuous and not missing else ratio)
+      worst = worst_of(worst, np.inf if vacuous and not missing else ratio)
     return float(worst)
 
   return measure

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import jax
+
 from mgr_jax.attention import reversible
 from mgr_jax.attention.mechanism import Context, Mechanism
 from mgr_jax.config import GPTConfig, Item, build_options, config_problems, layer_items, nearest
@@ -34,6 +36,15 @@ class Layer(NamedTuple):
   mechanism: Mechanism
   options: Any
   wrap: reversible.Options | None = None
+
+
+def register(mechanism: Mechanism) -> None:
+  """Makes a mechanism known in this process, or replaces the one of its name.
+
+  A mechanism that stays is a file and a line in `_FILES`. Compiled programs know mechanisms by name: they are dropped.
+  """
+  REGISTRY[mechanism.name] = mechanism
+  jax.clear_caches()
 
 
 def attention_names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from mgr_jax.algebra.ifs_map_claims import generator
 from mgr_jax.attention import fractal_kernel_claims, fractal_memory_claims
 from mgr_jax.attention.mechanism import Context, Mechanism, rope_tables
-from mgr_jax.claims import Check, Claim, claim
+from mgr_jax.claims import Check, Claim, claim, worst_of
 from mgr_jax.config import GPTConfig
 
 
@@ -38,7 +38,7 @@ def _shifted(record: Mechanism, *positions: str) -> Check:
       cfg, opts, params = _layer(rng, record, position=position)
       x = rng.standard_normal((1, 20, 8), np.float32)
       moved = _apply(record, params, x, cfg, opts, 1000) - _apply(record, params, x, cfg, opts, 0)
-      worst = max(worst, float(jnp.max(jnp.abs(moved))))
+      worst = worst_of(worst, float(jnp.max(jnp.abs(moved))))
     return worst
 
   return measure

@@ -13,7 +13,7 @@ from mgr_jax.attention.fractal_overlap import dense_sum, path_overlap, pull
 from mgr_jax.attention.fractal_routing import table_features
 from mgr_jax.attention.fractal_samples import DEPTH, M, T, random_paths, random_sides
 from mgr_jax.attention.fractal_tiles import tiled_sum
-from mgr_jax.claims import Check, claim, relative_difference
+from mgr_jax.claims import Check, claim, relative_difference, worst_of
 
 
 def _causal():
@@ -21,11 +21,10 @@ def _causal():
   return lag >= 0, lag
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=1)
 def _three_forms(sides, options, summed):
-  kernel = path_overlap(sides.q, sides.k, M, sides.alpha_K)
-  if summed:
-    kernel = jnp.einsum("bkrtf,bksf->bkrts", sides.q, sides.k) / DEPTH
+  sums = jnp.einsum("bkrtf,bksf->bkrts", sides.q, sides.k) / DEPTH
+  kernel = jnp.where(summed, sums, path_overlap(sides.q, sides.k, M, sides.alpha_K))
   dense = dense_sum(kernel, sides.v, *_causal(), sides.slope_KG)
   table = table_sum(sides, None, options)
   return dense, tiled_sum(sides, None, None, options), (table[..., :-1], table[..., -1])
@@ -37,7 +36,7 @@ def _one_function(kernel: str, summed: bool) -> Check:
     options = Options(m=M, depth=DEPTH, kernel=kernel)
     with jax.enable_x64(True):
       dense, tiled, table = _three_forms(random_sides(generator(key), options), options, summed)
-      return max(relative_difference(tiled, dense), relative_difference(table, dense))
+      return worst_of(relative_difference(tiled, dense), relative_difference(table, dense))
 
   return measure
 
@@ -60,7 +59,7 @@ def _positive_kernel(signed: bool) -> Check:
       alpha[0, -1] *= -1
     with jax.enable_x64(True):
       least, error = _gram(random_paths(rng, 1, 1, 60), alpha, Options(m=M, depth=DEPTH, kernel="prefix"))
-      return max(-float(least), float(error))
+      return worst_of(-float(least), float(error))
 
   return measure
 

@@ -13,7 +13,7 @@ from mgr_jax.attention.fractal_routing import address, table_features
 from mgr_jax.attention.fractal_samples import DEPTH, M, random_paths, random_sides
 from mgr_jax.attention.fractal_table import Sides, read, table_overwrite, token_by_token
 from mgr_jax.attention.fractal_tiles import tiled_sum
-from mgr_jax.claims import Check, claim, relative_difference
+from mgr_jax.claims import Check, claim, relative_difference, worst_of
 
 
 @jax.jit
@@ -42,7 +42,7 @@ def _hard_address(ignore_last: bool) -> Check:
     out, mass = _hard_sums(q, k, v)
     found = jax.jit(find_latest)(_leaves(q, 3)[0, 0].astype(np.int32), _leaves(k, 3)[0, 0].astype(np.int32))
     errors = np.abs(out[0, 0] - same @ v[0, 0]), np.abs(mass[0, 0] - same.sum(-1)), np.abs(found.latest - latest)
-    return float(max(np.max(e) for e in errors))
+    return worst_of(np.max(e) for e in errors)
 
   return measure
 
@@ -68,7 +68,7 @@ def _interference(roll: int) -> Check:
       v, table = (rng.uniform(-1, 1, shape).astype(np.float32) for shape in ((1, 1, 1, 2), (1, 1, 1, M**DEPTH, 3)))
       phi, change = _one_write(k, hard, v, gate, table)
       allowed = 2 * np.roll(phi, roll) * (1.0 if hard else float(gate[0, 0, 0]))
-      worst = max(worst, float(np.max(change - allowed * (1 + 1e-6))))
+      worst = worst_of(worst, float(np.max(change - allowed * (1 + 1e-6))))
     return worst
 
   return measure
@@ -92,7 +92,7 @@ def _erasure(additive: bool) -> Check:
     options = Options(m=M, depth=DEPTH, mode="memory", rule="overwrite")
     with jax.enable_x64(True):
       blocks, serial = _overwrites(random_sides(generator(key), options, slopes=False), options, additive)
-      return max(relative_difference(blocks, serial), float(jnp.max(serial[..., -1])) - 1)
+      return worst_of(relative_difference(blocks, serial), float(jnp.max(serial[..., -1])) - 1)
 
   return measure
 

@@ -9,7 +9,7 @@ import numpy as np
 from mgr_jax.algebra import octonion_claims, octonion_mixing_claims
 from mgr_jax.algebra.octonion_claims import generator
 from mgr_jax.attention.mechanism import Context, Mechanism, rope_tables
-from mgr_jax.claims import Check, Claim, claim
+from mgr_jax.claims import Check, Claim, claim, worst_of
 from mgr_jax.config import GPTConfig
 
 T = 20
@@ -41,7 +41,7 @@ def _shifted(record: Mechanism, rope_mode: str) -> Check:
     x = rng.standard_normal((2, T, 32), np.float32)
     still = _apply(record, params, x, cfg, opts, 0)
     moved = [_apply(record, params, x, cfg, opts, shift) - still for shift in (1, 17, 1000)]
-    return float(max(np.max(np.abs(m)) for m in moved))
+    return worst_of(np.max(np.abs(m)) for m in moved)
 
   return measure
 
@@ -60,7 +60,7 @@ def _transported(record: Mechanism, factor: float) -> Check:
       out = size(_apply(record, params, x, cfg, opts, 0))
       value = factor * size(np.einsum("btc,cd->btd", x, params["wv"][:, 0]))
       excess = out / np.maximum.accumulate(value, 1) - 1
-      worst = max(worst, float(excess.max()), float(np.abs(out[:, 0] / value[:, 0] - 1).max()))
+      worst = worst_of(worst, float(excess.max()), float(np.abs(out[:, 0] / value[:, 0] - 1).max()))
     return worst
 
   return measure

@@ -10,7 +10,7 @@ import numpy as np
 from mgr_jax.algebra.hypercomplex_claims import generator
 from mgr_jax.attention.mechanism import Context, Mechanism, rope_tables
 from mgr_jax.attention.quaternion_transport import blocks, pairwise, turn
-from mgr_jax.claims import Check, Claim, claim
+from mgr_jax.claims import Check, Claim, claim, largest_difference, worst_of
 from mgr_jax.config import GPTConfig
 
 ACTIONS = ("left", "sandwich")
@@ -30,6 +30,7 @@ def _factorised(weight, q, k, v, action, inverse=True):
 
 
 _pairwise = jax.jit(pairwise, static_argnums=4)
+_turned = jax.jit(turn, static_argnums=(2, 3))
 
 
 def _factorisation(inverse: bool) -> Check:
@@ -38,14 +39,12 @@ def _factorisation(inverse: bool) -> Check:
   def measure(key, scale):
     rng, worst = generator(key), 0.0
     weight, qkv = _weights(rng, 2 * scale, 4, 33), rng.standard_normal((3, 2 * scale, 4, 33, 16))
-    difference = lambda action, *args: float(
-      jnp.max(jnp.abs(_factorised(*args, action, inverse) - _pairwise(*args, action)))
-    )
+    difference = lambda action, *args: largest_difference(_factorised(*args, action, inverse), _pairwise(*args, action))
     for action in ACTIONS:
       single = difference(action, *(x.astype(np.float32) for x in (weight, *qkv)))
       with jax.enable_x64(True):
         double = difference(action, weight, *qkv)
-      worst = max(worst, single / 2e-5, double / 1e-12)
+      worst = worst_of(worst, single / 2e-5, double / 1e-12)
     return worst
 
   return measure
@@ -61,7 +60,7 @@ def _bound(stretch: float) -> Check:
     bound = np.einsum("bhts,bhsn->bhtn", weight, length(v))
     for action in ACTIONS:
       out = _factorised(weight.astype(np.float32), q, k, stretch * v, action)
-      worst = max(worst, float(np.max(length(out) / bound - 1)))
+      worst = worst_of(worst, float(np.max(length(out) / bound - 1)))
     return worst
 
   return measure
@@ -75,10 +74,10 @@ def _signs(action: str) -> Check:
     q, k, v = rng.standard_normal((3, scale, 2, 33, 16)).astype(np.float32)
     sign = np.tile(rng.choice([-1.0, 1.0], (scale, 2, 33, 4)), (1, 1, 1, 4)).astype(np.float32)
     weight = _weights(rng, scale, 2, 33).astype(np.float32)
-    flipped = _factorised(weight, sign * q, k, v, action)
+    flipped = np.asarray(_factorised(weight, sign * q, k, v, action))
     if action == "left":
       flipped = sign * flipped
-    return float(jnp.max(jnp.abs(flipped - _factorised(weight, q, k, v, action))))
+    return largest_difference(flipped, _factorised(weight, q, k, v, action))
 
   return measure
 
@@ -86,7 +85,7 @@ def _signs(action: str) -> Check:
 def _left_is_blind(key, scale) -> float:
   """How far `left` is from ignoring the sign of a rotor."""
   q, v = generator(key).standard_normal((2, scale, 1, 8, 16)).astype(np.float32)
-  return float(jnp.max(jnp.abs(turn(-q, v, "left", False) - turn(q, v, "left", False))))
+  return largest_difference(_turned(-q, v, "left", False), _turned(q, v, "left", False))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
@@ -114,7 +113,7 @@ def _shifted(record: Mechanism, *modes: str) -> Check:
     for mode in modes:
       cfg, opts, params, x = _layer(record, generator(key), rope_mode=mode)
       out = lambda shift, cfg=cfg, opts=opts, params=params, x=x: _apply(record, params, x, cfg, opts, shift)
-      worst = max(worst, *(float(jnp.max(jnp.abs(out(c) - out(0)))) for c in (1, 17, 1000)))
+      worst = worst_of(worst, *(largest_difference(out(c), out(0)) for c in (1, 17, 1000)))
     return worst
 
   return measure
@@ -129,7 +128,7 @@ def _no_strength(record: Mechanism, logit: float) -> Check:
     params["lam_raw"] = np.full(cfg.n_kv_head, logit, np.float32)
     plain = dataclasses.replace(opts, rotor_strength="fixed", rotor_action="none")
     without = {name: p for name, p in params.items() if name != "lam_raw"}
-    return float(jnp.max(jnp.abs(_apply(record, params, x, cfg, opts, 0) - _apply(record, without, x, cfg, plain, 0))))
+    return largest_difference(_apply(record, params, x, cfg, opts, 0), _apply(record, without, x, cfg, plain, 0))
 
   return measure
 
@@ -154,7 +153,7 @@ def layer_claims(record: Mechanism) -> tuple[Claim, ...]:
     claim(
       "quaternion.sign",
       "the two-sided action ignores the sign of a rotor; the one-sided action flips with it",
-      lambda key, scale: max(_signs(action)(key, scale) for action in ACTIONS),
+      lambda key, scale: worst_of(_signs(action)(key, scale) for action in ACTIONS),
       1e-6,
       _left_is_blind,
     ),

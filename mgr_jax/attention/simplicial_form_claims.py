@@ -1,9 +1,12 @@
 """Claims about three-way scores alone: positions, symmetry, scale, and the task that pairs cannot do."""
 
+import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from mgr_jax.algebra.trilinear import (
   CHARGES,
@@ -15,10 +18,12 @@ from mgr_jax.algebra.trilinear import (
   pair_weights,
   rotate_by_charge,
 )
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 
 MODULUS = 31
 MATCH_W1, MATCH_W2 = 16, 16
+# Rows at a time in every use of the hand-built head, so that all share one compiled program.
+ROWS = 100
 
 
 def rng_of(key: jax.Array) -> np.random.Generator:
@@ -30,28 +35,36 @@ def largest(x) -> float:
   return float(np.max(np.abs(np.asarray(x))))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _score(form, q, k, k2):
+  return FORMS[form](q, k, k2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _turned_score(score, charges, vectors, angles):
+  turned = (
+    rotate_by_charge(x, jnp.cos(a), jnp.sin(a), n, charges)
+    for n, (x, a) in enumerate(zip(vectors, angles, strict=True))
+  )
+  return FORMS[score](*turned)
+
+
+def score_drift(rng: np.random.Generator, charges, score: str, shifts, cases: int = 64) -> np.ndarray:
+  """Largest change of the score of random triples when all positions move by each of `shifts`; double precision."""
+  D = 12
+  vectors = tuple(rng.standard_normal((3, cases, D)))
+  positions = rng.integers(0, 200, (3, cases, 1))
+  inverse = 10000.0 ** (-np.arange(0, D, 2) / D)
+  with jax.enable_x64(True):
+    at = lambda shift: np.asarray(_turned_score(score, charges, vectors, tuple((positions + shift) * inverse)))
+    start = at(0)
+    return np.array([np.max(np.abs(at(shift) - start)) for shift in shifts])
+
+
 def _shift(charges, score: str = "complex") -> Check:
   """Largest change of the score of random triples when all positions move by 91."""
 
-  def measure(key, scale):
-    rng = rng_of(key)
-    D, cases = 12, 64 * scale
-    q, k, k2 = rng.standard_normal((3, cases, D))
-    positions = rng.integers(0, 200, (3, cases, 1))
-    inverse = 10000.0 ** (-np.arange(0, D, 2) / D)
-
-    def at(shift):
-      angles = (positions + shift) * inverse
-      turned = (
-        rotate_by_charge(x, np.cos(a), np.sin(a), n, charges)
-        for n, (x, a) in enumerate(zip((q, k, k2), angles, strict=True))
-      )
-      return FORMS[score](*turned)
-
-    with jax.enable_x64(True):
-      return float(np.max(np.abs(at(91) - at(0))))
-
-  return measure
+  return lambda key, scale: float(score_drift(rng_of(key), charges, score, (91,), 64 * scale)[0])
 
 
 def _det3(score: str) -> Check:
@@ -64,7 +77,7 @@ def _det3(score: str) -> Check:
     rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
     rotation *= np.sign(np.linalg.det(rotation))
     turn = lambda x: np.einsum("ij,cjl->cil", rotation, x.reshape(cases, 3, -1)).reshape(cases, D)
-    form = FORMS[score]
+    form = functools.partial(_score, score)
     with jax.enable_x64(True):
       invariant = np.max(np.abs(form(turn(q), turn(k), turn(k2)) - form(q, k, k2)))
       alternating = np.max(np.abs(form(q, k, k2) + form(q, k2, k)))
@@ -73,17 +86,19 @@ def _det3(score: str) -> Check:
   return measure
 
 
+@jax.jit
+def _all_scores(q, k, k2):
+  return [form(q, k, k2) for form in FORMS.values()]
+
+
 def _variance(wrong_scale: bool) -> Check:
-  """Largest relative error of Var(scale · T3) - 1 over the three forms, 200000 triples each."""
+  """Largest relative error of Var(scale · T3) - 1 over the three forms, on the same 200000 triples."""
 
   def measure(key, scale):
-    rng = rng_of(key)
-    D, worst = 12, 0.0
-    for form in FORMS.values():
-      q, k, k2 = rng.standard_normal((3, 200_000 * scale, D), np.float32)
-      factor = D**-0.5 if wrong_scale else form.scale(D)
-      worst = max(worst, abs(float(np.var(factor * np.asarray(form(q, k, k2)))) - 1))
-    return worst
+    D = 12
+    found = _all_scores(*rng_of(key).standard_normal((3, 200_000 * scale, D), np.float32))
+    factors = [D**-0.5 if wrong_scale else form.scale(D) for form in FORMS.values()]
+    return worst_of(abs(float(np.var(factor * np.float64(x))) - 1) for factor, x in zip(factors, found, strict=True))
 
   return measure
 
@@ -94,30 +109,33 @@ def planted_triples(rng: np.random.Generator, cases: int, tokens: int = MATCH_W1
   Returns the integers and the pair, [cases, 2]. Pairs with i = j or with the query itself complete nothing.
   """
   found, pairs = [], []
-  while len(found) < cases:
-    x = rng.integers(0, MODULUS, tokens)
-    i, j = sorted(rng.choice(tokens - 1, 2, replace=False))
-    x[-1] = -(x[i] + x[j]) % MODULUS
-    total = (x[:, None] + x[None, :] + x[-1]) % MODULUS
-    if np.argwhere(total == 0).tolist() == [[i, j], [j, i]]:
-      found.append(x)
-      pairs.append((i, j))
-  return np.stack(found), np.array(pairs)
+  while sum(map(len, found)) < cases:
+    x = rng.integers(0, MODULUS, (cases, tokens))
+    pair = np.sort(rng.permuted(np.tile(np.arange(tokens - 1), (cases, 1)), axis=1)[:, :2], axis=1)
+    x[:, -1] = -np.take_along_axis(x, pair, 1).sum(1) % MODULUS
+    total = (x[:, :, None] + x[:, None, :] + x[:, -1, None, None]) % MODULUS
+    unique = np.sum(total == 0, axis=(1, 2)) == 2
+    found.append(x[unique])
+    pairs.append(pair[unique])
+  return np.concatenate(found)[:cases], np.concatenate(pairs)[:cases]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_weights(length: int, pairs: Pairs):
+  return pair_weights(FORMS["complex"], pairs, pair_mask(1, length, MATCH_W1, MATCH_W2))[0]
 
 
 def match3_head(x: np.ndarray, temperature: float, pairwise: bool = False) -> np.ndarray:
   """Weights [cases, i, t - j] of the last query of a hand-built head; `pairwise` matches x_t + x_i ≡ 0 alone."""
   q, k = match3_vectors(x, MODULUS)
   group = lambda a: a[:, None].astype(np.float32)
-  zero = np.zeros_like(k)
-  query = lambda a: temperature * group(a)[:, :, None, -1:]
-  three = Pairs(query(q), group(k), group(k), group(k))
+  query = lambda a: np.float32(temperature) * group(a)[:, :, None, -1:]
   # Re q·conj(k): the dot product of <q, k> with k conjugated is the indicator of x_t + x_i ≡ 0.
   conjugate = k * np.repeat([1, -1], k.shape[-1] // 2)
-  two = Pairs(query(zero), group(zero), group(zero), group(k), q_pair=query(q), k_pair=group(conjugate))
-  masks = pair_mask(1, x.shape[1], MATCH_W1, MATCH_W2)
-  weight, _ = pair_weights(FORMS["complex"], two if pairwise else three, masks)
-  return np.asarray(weight, np.float64)[:, 0, 0, 0]
+  three, two = (0, 1) if pairwise else (1, 0)
+  keys = group(three * k)
+  pairs = Pairs(query(three * q), keys, keys, group(k), q_pair=query(two * q), k_pair=group(two * conjugate))
+  return np.asarray(_last_weights(x.shape[1], pairs), np.float64)[:, 0, 0, 0]
 
 
 def match3_temperature() -> float:
@@ -125,16 +143,30 @@ def match3_temperature() -> float:
   return float(np.log(MATCH_W1 * MATCH_W2 / 0.01))
 
 
+def planted_mass(weight: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+  """What weights [cases, i, t - j] give to the pairs (i, j), in both orders."""
+  rows, last = np.arange(len(weight)), weight.shape[1] - 1
+  i, j = pairs.T
+  return weight[rows, i, last - j] + weight[rows, j, last - i]
+
+
+_mutual_information = jax.jit(mutual_information)
+
+
+def information_of(weight: np.ndarray) -> float:
+  """Mean mutual information in nats of weights [cases, i, j]."""
+  return float(np.mean(_mutual_information(weight)))
+
+
 def _missed(pairwise: bool) -> Check:
   """Share of sequences in which the planted pair (in both orders) gets less than 99 % of the mass."""
 
   def measure(key, scale):
-    x, pairs = planted_triples(rng_of(key), 200 * scale)
-    weight = match3_head(x, match3_temperature(), pairwise)
-    rows, last = np.arange(len(x)), x.shape[1] - 1
-    i, j = pairs.T
-    mass = weight[rows, i, last - j] + weight[rows, j, last - i]
-    return float(np.mean(mass <= 0.99))
+    rng, masses = rng_of(key), []
+    for _ in range(2 * scale):
+      x, pairs = planted_triples(rng, ROWS)
+      masses.append(planted_mass(match3_head(x, match3_temperature(), pairwise), pairs))
+    return float(np.mean(np.concatenate(masses) <= 0.99))
 
   return measure
 
@@ -143,8 +175,9 @@ def _information(pairwise: bool) -> Check:
   """Mean mutual information in nats of the two tokens of the hand-built heads."""
 
   def measure(key, scale):
-    x, _ = planted_triples(rng_of(key), 20 * scale)
-    return float(np.mean(np.asarray(mutual_information(match3_head(x, match3_temperature(), pairwise)))))
+    rng = rng_of(key)
+    heads = [match3_head(planted_triples(rng, ROWS)[0], match3_temperature(), pairwise) for _ in range(scale)]
+    return float(np.mean([information_of(weight) for weight in heads]))
 
   return measure
 
@@ -157,7 +190,7 @@ def _additive_information(three_way: float) -> Check:
     logits = rng.standard_normal((8 * scale, 20, 1)) + rng.standard_normal((8 * scale, 1, 20))
     logits += three_way * rng.standard_normal((8 * scale, 20, 20))
     with jax.enable_x64(True):
-      return float(np.max(np.abs(mutual_information(jax.nn.softmax(logits, (-2, -1))))))
+      return float(np.max(np.abs(_mutual_information(scipy.special.softmax(logits, (-2, -1))))))
 
   return measure
 
@@ -172,7 +205,7 @@ def _indicator(modulus_off: int) -> Check:
     _, k = match3_vectors(triples[:, 1], 9)
     _, k2 = match3_vectors(triples[:, 2], 9)
     with jax.enable_x64(True):
-      score = np.asarray(FORMS["complex"](q, k, k2))
+      score = np.asarray(_score("complex", q, k, k2))
     return float(np.max(np.abs(score - (triples.sum(1) % (9 + modulus_off) == 0))))
 
   return measure

@@ -9,10 +9,12 @@ import numpy as np
 from mgr_jax.algebra.trilinear import FORMS, Form, Pairs, dense_pair_attention, pair_mask, pair_values
 from mgr_jax.attention.simplicial_blocks import Shape, pair_attention
 from mgr_jax.attention.simplicial_form_claims import largest, rng_of
-from mgr_jax.claims import Check, claim, relative_difference
+from mgr_jax.claims import Check, claim, relative_difference, worst_of
 
 B, K, R, T, D = 2, 2, 2, 37, 6
 W1, W2 = 9, 5
+# Shape and length of claims that share one program.
+WINDOW, LENGTH = Shape(W1, W2, 12), 40
 
 
 def draw_pairs(rng, length: int = T, mix: str = "gated", pair: bool = True, keys: int | None = None) -> Pairs:
@@ -29,20 +31,20 @@ def _blocked(form, shape, pairs, segments):
   return pair_attention(form, shape, pairs, segments)[0]
 
 
-def _dense(form, shape, pairs, segments):
-  masks = pair_mask(pairs.q.shape[3], pairs.k.shape[2], shape.w1, shape.w2, segments)
+def _dense(form, shape, pairs, segments, w1):
+  masks = pair_mask(pairs.q.shape[3], pairs.k.shape[2], w1, shape.w2, segments)
   return dense_pair_attention(form, pairs, masks, shape.sink)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def value_and_pullback(f, form: Form, shape: Shape, pairs: Pairs, segments, cotangent):
+def value_and_pullback(f, form: Form, shape: Shape, pairs: Pairs, segments, cotangent, *more):
   """Output of `_blocked` or `_dense` and its gradient in one direction."""
-  out, pull = jax.vjp(lambda pairs: f(form, shape, pairs, segments), pairs)
+  out, pull = jax.vjp(lambda pairs: f(form, shape, pairs, segments, *more), pairs)
   return out, pull(cotangent)[0]
 
 
 BLOCK_CASES = (
-  ("complex", "gated", True, Shape(W1, W2, 8)),
+  ("complex", "gated", True, Shape(W1, W2, 12)),
   ("hadamard", "sum", False, Shape(W1, W2, 16, True)),
   ("det3", "product", True, Shape(W1, W2, 16)),
 )
@@ -60,8 +62,8 @@ def _blocks(cases, off: int = 0, gradient: bool = False, form: Form | None = Non
         cotangent = rng.standard_normal(pairs.q.shape)
         used = form or FORMS[score]
         fast = value_and_pullback(_blocked, used, shape, pairs, segments, cotangent)
-        slow = value_and_pullback(_dense, used, shape._replace(w1=shape.w1 - off), pairs, segments, cotangent)
-        worst = max(worst, relative_difference(fast[gradient], slow[gradient]))
+        slow = value_and_pullback(_dense, used, shape, pairs, segments, cotangent, shape.w1 - off)
+        worst = worst_of(worst, relative_difference(fast[gradient], slow[gradient]))
     del scale
     return worst
 
@@ -81,15 +83,15 @@ def windowed(shape, pairs):
   return _blocked(FORMS["complex"], shape, pairs, jnp.zeros((1, pairs.k.shape[2]), jnp.int32))
 
 
-def _outside_window(extra: int) -> Check:
-  """Largest change of y_t when all tokens after t and all at t - w1 and before are replaced; float32."""
+def _outside_window(missing: int) -> Check:
+  """Largest change of y_t when all tokens but those in (t - w1 + missing, t] are replaced; float32."""
 
   def measure(key, scale):
     rng = rng_of(key)
     as_float = lambda pairs: jax.tree.map(np.float32, pairs)
-    shape, t = Shape(W1 + extra, W2, 8), 25
-    pairs, other = as_float(draw_pairs(rng)), as_float(draw_pairs(rng))
-    seen = np.arange(t - W1 + 1, t + 1)
+    pairs, other = as_float(draw_pairs(rng, LENGTH)), as_float(draw_pairs(rng, LENGTH))
+    t = 25
+    seen = np.arange(t - W1 + 1 + missing, t + 1)
 
     def mixed(x, y):
       y = y.copy()
@@ -97,7 +99,8 @@ def _outside_window(extra: int) -> Check:
       return y
 
     del scale
-    return largest(windowed(shape, pairs)[:, :, :, t] - windowed(shape, jax.tree.map(mixed, pairs, other))[:, :, :, t])
+    run = lambda pairs: np.asarray(windowed(WINDOW, pairs))[:, :, :, t]
+    return largest(run(pairs) - run(jax.tree.map(mixed, pairs, other)))
 
   return measure
 
@@ -109,15 +112,15 @@ def _pairwise_case(mix: str) -> Check:
     del scale
     rng = rng_of(key)
     with jax.enable_x64(True):
-      pairs = draw_pairs(rng, 64)
+      pairs = draw_pairs(rng, LENGTH)
       zero = np.zeros_like(pairs.k)
       gain, shift = pair_values(mix, zero)
       pairs = pairs._replace(k2=zero, gain=gain, shift=shift)
       scores = np.einsum("bkrtd,bksd->bkrts", pairs.q_pair, pairs.k_pair)
-      lag = np.arange(64)[:, None] - np.arange(64)
+      lag = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
       weight = np.exp(np.where((lag >= 0) & (lag < W1), scores, -np.inf))
       expected = np.einsum("bkrts,bksd->bkrtd", weight / weight.sum(-1, keepdims=True), pairs.v)
-      return relative_difference(windowed(Shape(W1, W2, 8), pairs), expected)
+      return relative_difference(windowed(WINDOW, pairs), expected)
 
   return measure
 

@@ -68,7 +68,7 @@ def _matched_start(record: Mechanism, other_key: bool) -> Check:
       params["wo_gate"] = np.ones(params["wo_gate"].shape, np.float32)
       same = _apply(standard.MECHANISM, plain | {"wo": matrices["wo"]}, x, standard.Options())
       found.append(largest_difference(_apply(record, params, x, opts), same))
-    return max(found)
+    return float(np.max(found))
 
   return measure
 
@@ -88,7 +88,7 @@ def _sizes_are_norms(record: Mechanism, scaled: str) -> Check:
           found.append(float(np.max(np.abs(measured / np.abs(np.squeeze(of[name])) - 1))))
       moved = {n: p * 7 if n in ("wq", "wk", scaled, "wo") else p for n, p in params.items()}
       found.append(relative_difference(_apply(record, moved, x, opts), _apply(record, params, x, opts)))
-    return max(found)
+    return float(np.max(found))
 
   return measure
 
@@ -112,7 +112,7 @@ def _gradients(normalised: bool) -> Check:
     with jax.enable_x64(True):
       v, s = rng.standard_normal(spec.shape), rng.standard_normal(spec.shape[1:])
       found = both(rng.standard_normal((20, CFG.n_embd)), v, s)
-      return float(max(jnp.max(jnp.abs(r)) for r in found))
+      return float(np.max([np.max(np.abs(r)) for r in found]))
 
   return measure
 
@@ -159,7 +159,7 @@ def _folded(record: Mechanism, fold: Callable, forget_sizes: bool) -> Check:
       found.append(float(jnp.max(jnp.abs(gain - 1))))
       expected = _apply(record, params, x, opts)
       found.append(relative_difference(_apply(standard.MECHANISM, plain, x, standard.Options()), expected))
-    return max(found)
+    return float(np.max(found))
 
   return measure
 
@@ -191,7 +191,7 @@ def _identity(naive: bool) -> Check:
         scores, u, l = (np.float32(a) for a in (scores, u, l))
       left, right, _, gap = jax.device_get(_both_forms(scores, u, l))
     size = np.max(np.abs(left), -1, keepdims=True)
-    return float(max(np.max(np.abs(left - right) / size), np.max(np.abs(gap))))
+    return float(np.max([np.max(np.abs(left - right) / size), np.max(np.abs(gap))]))
 
   return measure
 

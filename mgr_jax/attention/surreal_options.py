@@ -23,6 +23,9 @@ class Options:
     s_max: log-sizes stay in (-s_max, s_max); at least 1 + ½·log(n_head/n_kv_head), at most 20.
     renorm: the optimizer keeps directions at their initial norm; without it they drift outwards and learn ever slower.
     impl: `auto` (scales after the product, attention in tiles) or `reference` (explicit weights, dense scores).
+
+  >>> Options().scaled, Options(qk="full").scaled
+  (('wv',), ('wq', 'wk', 'wv'))
   """
 
   qk: str = "direction"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgr_jax.algebra import tropical
 from mgr_jax.algebra.tropical_claims import distance, worst
 from mgr_jax.attention import tropical_cases as cases
 from mgr_jax.attention.tropical_margins import winners_and_margins
@@ -70,6 +71,36 @@ def _certificate(factor: float, adversary: bool) -> Check:
   return worst(measure)
 
 
+def _sharp_radius(claimed: float | None) -> Check:
+  """Share of outputs where the closed form fails: outside [γ/6, γ/4], no flip at 1.001 of it, or one at 0.999.
+
+  `claimed` puts another multiple of γ in its place.
+  """
+
+  def measure(rng, scale):
+    n, S, D = 200 * scale, 32, 8
+    q, k, v = (rng.normal(size=shape) for shape in ((n, D), (S, D), (n, S)))
+    flip = tropical.smallest_flip(q, k, v)
+    lead, _ = applied_flip(q, k, v, flip, 0.0)
+    size = flip.size if claimed is None else claimed * lead
+    flip = flip._replace(size=size)
+    outside = (size < lead / 6 * (1 - 1e-9)) | (size > lead / 4 * (1 + 1e-9))
+    return np.mean(outside | ~applied_flip(q, k, v, flip, 1.001)[1] | applied_flip(q, k, v, flip, 0.999)[1])
+
+  return worst(measure)
+
+
+def applied_flip(q, k, v, flip: tropical.Flip, factor: float) -> tuple[np.ndarray, np.ndarray]:
+  """Margins of all outputs, and which winners change when `factor` of the flip's perturbation is applied to each."""
+  total = np.max(q[:, None] + k, -1) + v
+  winner, (second, first) = np.argmax(total, -1), np.partition(total, -2, axis=-1)[:, -2:].T
+  size, key = factor * flip.size[:, None], np.arange(k.shape[0])
+  query = q + size * np.where(np.arange(k.shape[1]) == flip.coordinate[:, None], 1.0, -1.0)
+  of_key = size * ((key == flip.rival[:, None]) * 1.0 - (key == winner[:, None]))
+  moved = np.max(query[:, None] + k, -1) + of_key + v + of_key
+  return first - second, np.argmax(moved, -1) != winner
+
+
 CLAIMS: tuple[Claim, ...] = (
   claim(
     "tropical.margins",
@@ -84,5 +115,12 @@ CLAIMS: tuple[Claim, ...] = (
     _certificate(0.99 / 6, adversary=False),
     0.0,
     _certificate(1.5 / 2, adversary=True),
+  ),
+  claim(
+    "tropical.sharp_radius",
+    "the smallest joint perturbation that flips a winner has a closed form between γ/6 and γ/4, and γ/6 is attained",
+    _sharp_radius(None),
+    0.0,
+    _sharp_radius(1 / 6),
   ),
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.attention.mechanism import Context, Mechanism, rope_tables
-from mgr_jax.claims import Check, Claim, claim, largest_difference
+from mgr_jax.claims import Check, Claim, claim, largest_difference, worst_of
 from mgr_jax.config import GPTConfig
 
 
@@ -18,7 +18,7 @@ def _rng(key: jax.Array) -> np.random.Generator:
 def _layer(rng, record: Mechanism, **options):
   """A tiny configuration, options, and parameters in which no path is switched off."""
   cfg = GPTConfig(vocab_size=2, seq_len=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=16)
-  opts = record.options(**options)
+  opts = record.options(**{"p": 3, "K": 2, **options})
   draw = lambda spec: np.asarray(spec.draw(jax.random.key(0))) if spec.role == "scalar" else None
   noise = lambda spec: rng.normal(size=spec.shape, scale=0.25).astype(np.float32)
   specs = record.param_specs(cfg, opts)
@@ -63,7 +63,7 @@ def _decode(record: Mechanism, frozen_clock: bool) -> Check:
         y, state = _step(record, params, x[:, at : at + piece], (state, start), cfg, opts)
         found.append(y)
         at += piece
-      worst = max(worst, largest_difference(np.concatenate(found, 1), whole))
+      worst = worst_of(worst, largest_difference(np.concatenate(found, 1), whole))
     return worst
 
   return measure

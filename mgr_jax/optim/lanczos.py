@@ -53,6 +53,11 @@ def lanczos(hvp_fn: Callable, start, rank: int, *, reorth: int = 2, breakdown_to
 
   Raises:
     ValueError: rank < 1 or reorth < 0.
+
+  >>> A = jnp.array([1.0, 2.0, 5.0])
+  >>> krylov = lanczos(lambda v: A * v, jnp.array([1.0, 1.0, 0.0]), 3)
+  >>> krylov.active.tolist(), [round(x, 3) for x in krylov.alpha.tolist()]
+  ([True, True, False], [1.5, 1.5, 0.0])
   """
   if rank < 1:
     raise ValueError(f"rank={rank} is not positive")

@@ -63,7 +63,7 @@ def _interval(steps: int) -> Check:
       for shape in SHAPES:
         cases = np.stack([_product(*matrix_with_spectrum(rng, *shape, smallest)) for _ in range(4 * scale)])
         s = np.linalg.svd(np.float64(_run(cases, ns=ns, steps=steps)), compute_uv=False)
-        worst = max(worst, low - s.min(), s.max() - high)
+        worst = np.max([worst, low - s.min(), s.max() - high])
     return worst
 
   return measure
@@ -81,7 +81,7 @@ def _polar(ns: str) -> Check:
       with jax.enable_x64(True):
         double = np.asarray(_run((u * s) @ v.T, ns=ns, steps=8, dtype=jnp.float64))
       errors = [np.max(np.abs(x - u @ v.T)) for x in (*single, double)]
-      worst = max(worst, errors[0], errors[1], 1e4 * errors[2])
+      worst = np.max([worst, errors[0], errors[1], 1e4 * errors[2]])
     return worst
 
   return measure
@@ -96,7 +96,7 @@ def _singular_vectors(run) -> Check:
     for shape in SHAPES:
       u, s, v = matrix_with_spectrum(rng, *shape, 1e-3)
       inside = u.T @ np.float64(run(_product(u, s, v))) @ v
-      worst = max(worst, np.max(np.abs(inside - np.diag(np.diag(inside)))))
+      worst = np.max([worst, np.max(np.abs(inside - np.diag(np.diag(inside))))])
     return worst
 
   return measure
@@ -113,7 +113,7 @@ def _equivariance(run) -> Check:
       f = lambda x: np.float64(run(np.float32(x)))
       base = f(M)
       pairs = [(f(p @ M @ q), p @ base @ q), (f(M.T), base.T), (f(1e3 * M), base), (f(-M), -base), (f(0 * M), 0)]
-      worst = max(worst, *(np.max(np.abs(x - y)) for x, y in pairs))
+      worst = np.max([worst, *(np.max(np.abs(x - y)) for x, y in pairs)])
     return worst
 
   return measure
@@ -196,7 +196,7 @@ def _same_as_library(corrections: dict[bool, str]) -> Check:
         g = _gradients(rng)
         with jax.default_matmul_precision("highest"):
           found, states = zip(*(update(g, s, g) for update, s in zip(updates, states, strict=True)), strict=True)
-        worst = max(worst, *(float(np.max(np.abs(found[0][name] - found[1][name]))) for name in TREE))
+        worst = np.max([worst, *(float(np.max(np.abs(found[0][name] - found[1][name]))) for name in TREE)])
     return worst
 
   return measure
@@ -214,7 +214,7 @@ def _ascent(sign: float) -> Check:
       X = sign * np.float64(_run(cases, ns="ns5", steps=5))
       inner = np.sum(cases * X, (1, 2))
       nuclear = np.sum(np.linalg.svd(cases, compute_uv=False), -1)
-      worst = max(worst, 0.681 - np.min((inner / nuclear)[: len(good)]), -np.min(inner / nuclear))
+      worst = np.max([worst, 0.681 - np.min((inner / nuclear)[: len(good)]), -np.min(inner / nuclear)])
     return float(worst)
 
   return measure
@@ -234,7 +234,7 @@ def _step_norm(make) -> Check:
       for name, spec in TREE.items():
         form = layout(spec)
         s = np.linalg.svd(np.float64(form.pack(u[name])), compute_uv=False)
-        worst = max(worst, np.max(s) / (lr * shape_factor(form.n_in, form.n_out, "jordan")))
+        worst = np.max([worst, np.max(s) / (lr * shape_factor(form.n_in, form.n_out, "jordan"))])
     return float(worst)
 
   return measure

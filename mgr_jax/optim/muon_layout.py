@@ -69,6 +69,9 @@ def shape_factor(n_in: int, n_out: int, shape_scale: str) -> float:
   `jordan`: sqrt(max(1, out/in)). `spectral`: sqrt(out/in), so that inputs of unit mean square move outputs by at most
   that (Yang, Simon, Bernstein, 2023, arXiv 2310.17813). `rms`: 0.2 sqrt(max(in, out)), which gives entries of root mean
   square 0.2, as in AdamW (Liu et al., 2025, arXiv 2502.16982). `none`: 1.
+
+  >>> shape_factor(64, 256, "jordan"), shape_factor(256, 64, "jordan")
+  (2.0, 1.0)
   """
   if shape_scale == "jordan":
     return math.sqrt(max(1.0, n_out / n_in))

@@ -71,6 +71,10 @@ def orthogonalise(M: jax.Array, ns: str = "polar_express", steps: int = 5, dtype
     ValueError: unknown `ns`, `steps` below 1, M with fewer than 2 axes.
 
   Cost: steps · (4 m² n + 2 m³) FLOPs per matrix for m <= n.
+
+  >>> M = jnp.diag(jnp.array([3.0, 1.0, 0.1]))
+  >>> jnp.round(jnp.diag(orthogonalise(M, "svd")), 3).tolist()
+  [1.0, 1.0, 1.0]
   """
   if ns not in METHODS:
     raise ValueError(f"ns={ns!r} is not one of {METHODS}")

@@ -29,6 +29,11 @@ def make_schedule(name: str, total_steps: int, **settings) -> Schedule:
 
   Raises:
     UserError: unknown name (with the nearest one), a setting this schedule does not have, values out of range.
+
+  >>> schedule = make_schedule("cosine", 100, lr_warmup_steps=0)
+  >>> state, multiplier, event = schedule.update(schedule.init(), 2.5)
+  >>> float(multiplier)
+  1.0
   """
   defaults = schedule_settings(name)
   raise_if_any(

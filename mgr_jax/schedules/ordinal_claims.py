@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgr_jax.claims import Check, claim
+from mgr_jax.claims import Check, claim, worst_of
 from mgr_jax.schedules.base import ANNEAL, EXHAUSTED, NO_EVENT, RESTART
 from mgr_jax.schedules.controls import plateau
 from mgr_jax.schedules.ordinal_machine import (
@@ -149,7 +149,7 @@ def _exact_length(extra: int) -> Check:
       holds = (cfg.A0 + 1) * (cfg.B0 + 1)  # the first observation of a level is its best
       zero, done = np.all(trace.rank == 0, -1).argmax(0), (trace.event == EXHAUSTED).argmax(0)
       length = n_drops(cfg) + holds + extra * holds
-      worst = max(worst, np.max(np.abs(zero + 1 - length)), np.max(np.abs(done - zero - 1)))
+      worst = np.max([worst, np.max(np.abs(zero + 1 - length)), np.max(np.abs(done - zero - 1))])
     return float(worst)
 
   return measure
@@ -181,8 +181,8 @@ def _improvement(from_infinity: bool) -> Check:
     losses = np.broadcast_to(9 - 8 * np.arange(steps)[:, None] / steps, (steps, STREAMS))
     states = start(EAGER)
     if from_infinity:
-      infinite = jnp.full((STREAMS,), jnp.inf)
-      states = states._replace(ema=infinite, weight=jnp.ones((STREAMS,)))
+      infinite = jnp.full((STREAMS,), jnp.inf, jnp.float32)
+      states = states._replace(ema=infinite, weight=jnp.ones((STREAMS,), jnp.float32))
     _, trace = run(EAGER, losses, states)
     return float(np.sum(trace.rank != [EAGER.A0, EAGER.B0, EAGER.P0]) + np.sum(~trace.improved))
 
@@ -228,7 +228,7 @@ def _false_alarms(cfg: OrdinalConfig) -> Check:
     rng, shares = _rng(key), []
     for draw in (rng.standard_normal, lambda shape: rng.standard_t(3, shape)):
       shares.append(np.mean([run(cfg, 5 + draw((STEPS, STREAMS)))[1].improved[100:].mean() for _ in range(16 * scale)]))
-    return float(max(shares))
+    return worst_of(shares)
 
   return measure
 

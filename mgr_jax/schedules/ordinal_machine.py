@@ -296,6 +296,9 @@ def _patience(cfg: OrdinalConfig, b: jax.Array, state: OrdinalState) -> jax.Arra
 def n_drops(cfg: OrdinalConfig) -> int:
   """Observations without improvement from the first rank to rank 0, with geometric refills and without rises:
   (A0+1)·Σ_j (P0·growth^j + 1) - 1, j = 0 ... B0.
+
+  >>> n_drops(OrdinalConfig(A0=2, B0=3, P0=1200)), limit_events(OrdinalConfig(A0=2, B0=3))
+  (54011, 11)
   """
   return (cfg.A0 + 1) * sum(cfg.P0 * cfg.growth**j + 1 for j in range(cfg.B0 + 1)) - 1
 

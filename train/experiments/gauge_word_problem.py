@@ -51,13 +51,14 @@ def alphabet(table: np.ndarray) -> np.ndarray:
 
 def words(table: np.ndarray, length: int, scored: int) -> Generator:
   """BOS, then `length` uniform letters; the target at every letter is g_t ··· g_1, weight 1 on the last `scored`."""
-  product, letters = jnp.asarray(table, jnp.int32), jnp.asarray(alphabet(table), jnp.int32)
+  letters = alphabet(table)
 
   def generate(key, rows, data):
     del data
+    product = jnp.asarray(table, jnp.int32)
     drawn = jax.random.randint(key, (rows, length), 0, LETTERS)
     multiply = lambda state, g: (product[g, state],) * 2
-    _, states = jax.lax.scan(multiply, jnp.zeros((rows,), jnp.int32), letters[drawn].T)
+    _, states = jax.lax.scan(multiply, jnp.zeros((rows,), jnp.int32), jnp.asarray(letters, jnp.int32)[drawn].T)
     weights = jnp.broadcast_to(jnp.arange(length) >= length - scored, (rows, length))
     start = ((0, 0), (1, 0))
     return {

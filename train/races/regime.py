@@ -58,7 +58,7 @@ def run(seeds: int = 20, steps: int = 20_000, say: Callable[[str], Any] = print)
   say(f"{len(names)} arms, {len(grid)} learning rates, {seeds} + {tuning} streams of {steps:,} samples")
   streams = simulation.draw([*range(TUNING_SEED, TUNING_SEED + tuning), *range(seeds)], steps)
   race = simulation.race(steps, np.float32(grid), streams, simulation.timetable(steps))
-  risk = np.asarray(race.risk, np.float64)
+  risk = np.array(race.risk, np.float64)
   risk[~np.isfinite(risk)] = np.inf
   chosen = np.mean(np.log(risk[:, :tuning]), axis=1).argmin(-1)
   curves = {"excess": np.asarray(race.excess), "multiplier": np.asarray(race.multiplier)}
