@@ -281,6 +281,16 @@ class TestCollection:
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert listed == sorted({*attention_names(), "braid"} | set(listed))
 
+  def test_loading_demos_touches_no_device(self):
+    """XLA reads its flags when the first device is touched; the fast compiler is one of them."""
+    load = "from demos import demo; [demo.get(name).claims for name in demo.names()]; import os, jax;"
+    late = "os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=3'; print(jax.device_count())"
+    devices = lambda code: (
+      subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    assert devices(load + late) == "3\n"
+    assert devices("import os, jax; jax.devices();" + late) == "1\n", "the negative control"
+
   def test_info_runs_nothing(self, demos, capsys):
     with_claims(demos, dataclasses.replace(planted(), check=crashing))
     assert program("info", "planted") == 0

@@ -85,6 +85,12 @@ def test_commands_on_pages_have_flags_that_exist():
   assert flag_problems(wrapped) == ["python -m train.main --steps=3: --steps"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_snippets_run(name):
+  for code in re.findall(r"```python\n(.*?)```", text(name), re.S):
+    exec(compile(code, f"{name}.md", "exec"), {})
+
+
 def planted_page(tmp_path: pathlib.Path) -> tuple[str, Demo]:
   law = claim("planted.law", "|a| <= 1", lambda k, s: 0.0, 1e-6, lambda k, s: 1.0)
   demo = Demo("planted", "a law", claims=(law,), not_shown=(("the rest", "it is trivial"),), refs=("Me 2020",))
