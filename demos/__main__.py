@@ -98,8 +98,7 @@ def run_claim(claim: Claim, key: jax.Array, scale: int) -> Row:
   try:
     return Row(run_claims([claim], key, scale)[0])
   except Exception as e:
-    first_line = next(iter(str(e).splitlines()), "")
-    message = f"{claim.name}: {type(e).__name__}: {first_line}"
+    message = f"{claim.name}: {_first_line(e)}"
     seconds = time.perf_counter() - start
     result = ClaimResult(claim.name, claim.statement, None, claim.tolerance, False, False, seconds, message)
     return Row(result, traceback.format_exc())
@@ -125,17 +124,19 @@ def main(argv: list[str]) -> int:
     records = [_run(demo, width, quiet=command == "check", plots=plots) for demo in demos]
   counts = Counter(claim["verdict"] for demo in records for claim in demo["claims"])
   died = [demo["name"] for demo in records if demo.get("died")]
+  broken = [f"{part} of {demo['name']}" for demo in records for part in demo.get("broken", ())]
   if command == "run-all":
     _summary(records)
   tally = ", ".join(f"{counts[v]} {_painted(v, v)}" for v in _VERDICTS if counts[v]) or "no claims"
   tally += f", {_painted('died', 'error')}: {', '.join(died)}" if died else ""
+  tally += f", {_painted('broken', 'error')}: {', '.join(broken)}" if broken else ""
   print(f"{'' if command == 'check' else chr(10)}{tally} in {time.perf_counter() - started:.0f} s")
   if quick and command != "check":
     print("times in the stories are of programs without back-end optimisation; --nofast_compile optimises")
   if report is not None:
     report.write_text(json.dumps(_document(command, records, counts), indent=2, allow_nan=False) + "\n")
     print(f"wrote {report}")
-  return 1 if died or sum(counts.values()) > counts["holds"] else 0
+  return 1 if died or broken or sum(counts.values()) > counts["holds"] else 0
 
 
 def _run_in_parallel(command: str, demos: Sequence[demo_lib.Demo], plots: pathlib.Path | None, jobs: int) -> list[dict]:
@@ -244,7 +245,8 @@ def _list(demos: Sequence[demo_lib.Demo]) -> int:
     plots = f"{len(demo.plots)} plot{'s' * (len(demo.plots) != 1)}"
     line = f"{demo.name:<{width}}  {len(demo.claims):3d} claims  {plots:<7}  {demo.summary}"
     print(line if len(line) <= _WIDTH else line[: _WIDTH - 4] + " ...")
-  print("also known as: " + ", ".join(f"{alias} = {name}" for alias, name in demo_lib.ALIASES.items()))
+  told_first = "".join(f"; {name} begins with {' and '.join(parts)}" for name, parts in demo_lib.INSIDE.items())
+  print("also known as: " + ", ".join(f"{alias} = {name}" for alias, name in demo_lib.ALIASES.items()) + told_first)
   return 0
 
 
@@ -269,11 +271,23 @@ def _info(demo: demo_lib.Demo) -> int:
 
 def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | None) -> dict:
   """Prints one demo as it runs, claim names padded to `width`; returns its record."""
-  key, started = jax.random.key(FLAGS.seed), time.perf_counter()
+  key, started, broken = jax.random.key(FLAGS.seed), time.perf_counter(), []
+
+  def attempt(part: str, make):
+    """`make(key)`; what breaks is told, and the rest still runs."""
+    try:
+      return make(fold_in_name(key, demo.name if part == "story" else part))
+    except Exception as e:
+      broken.append(part)
+      print(_wrapped(f"{_painted('error', 'error')}: {part}: {_first_line(e)}", "", "  "))
+      if FLAGS.verbose:
+        print(textwrap.indent(traceback.format_exc().rstrip(), "    "))
+      return None
+
   if not quiet:
     title = _wrapped(f"{demo.name}: {demo.summary}", "")
     print(f"\n{_painted(demo.name, 'title')}{title.removeprefix(demo.name)}\n")
-    story = demo.story(fold_in_name(key, demo.name))
+    story = attempt("story", demo.story)
     if story:
       print(story.strip("\n") + "\n")
   if not quiet and demo.claims:
@@ -290,14 +304,21 @@ def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | Non
       print(f"  replay: {replay}")
   written = []
   for plot in demo.plots if plots is not None else ():
-    figure = plot(fold_in_name(key, plot.__name__))
+    figure = attempt(plot.__name__, plot)
+    if figure is None:
+      continue
     for suffix in ("png", "pdf"):
       path = plots / f"{demo.name}_{plot.__name__}.{suffix}"
       figure.savefig(path, dpi=200)
       written.append(str(path))
     print(f"wrote {written[-2]} and .pdf")
   seconds = round(time.perf_counter() - started, 1)
-  return {"name": demo.name, "seconds": seconds, "plots": written, "claims": [_record(row) for row in rows]}
+  claims = [_record(row) for row in rows]
+  return {"name": demo.name, "seconds": seconds, "plots": written, "claims": claims, "broken": broken}
+
+
+def _first_line(e: Exception) -> str:
+  return f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
 
 
 def _print_row(row: Row, claim: Claim, width: int) -> None:

@@ -95,6 +95,17 @@ class TestVerdicts:
     assert program("check", "--verbose") == 1
     assert "Traceback" in capsys.readouterr().out
 
+  def test_a_story_or_a_plot_that_breaks_is_told_and_the_claims_still_run(self, demos, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    broken = lambda key: 1 / 0
+    demos["planted"] = dataclasses.replace(demos["planted"], story=broken)
+    assert program("run", "planted") == 1
+    out = capsys.readouterr().out
+    assert "error: story: ZeroDivisionError" in out and "1 holds, broken: story of planted" in out
+    demos["planted"] = dataclasses.replace(demos["planted"], story=lambda key: "", plots=(broken,))
+    assert program("run", "planted", f"--plots={tmp_path}") == 1
+    assert "broken: <lambda> of planted" in capsys.readouterr().out
+
   def test_seed_and_scale_reach_the_check(self, demos):
     seen = []
     law = dataclasses.replace(planted(), check=lambda key, scale: float(seen.append((key, scale)) or 0))
