@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from train.quick_compile import compile_quickly
 
 compile_quickly()
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: BLAS threads wait for each other on small matrices
 
 _finished = itertools.count()
 
@@ -18,7 +20,7 @@ _finished = itertools.count()
 QUICK_CASES = {
   "test_a_layer_starts_as_the_identity_and_learns": 1,
   "test_a_model_trains_with_it": 1,
-  "test_a_restored_run_goes_on_bit_for_bit": 5,
+  "test_a_restored_run_goes_on_bit_for_bit": 3,
   "test_a_signal_saves_and_the_same_command_goes_on_bitwise": 1,
   "test_blocks_equal_the_states_of_all_tokens": 1,
   "test_blocks_of_three_and_six_equal_the_reference": 1,
@@ -28,24 +30,25 @@ QUICK_CASES = {
   "test_cost_counts_the_products_that_run": 1,
   "test_decode_after_a_long_first_piece": 1,
   "test_decoding_in_pieces_of_any_size_gives_the_whole": 3,
-  "test_every_mechanism_is_recovered_bit_for_bit": 4,
+  "test_every_mechanism_is_recovered_bit_for_bit": 2,
   "test_extreme_inputs_stay_finite": 1,
   "test_features": 1,
   "test_frozen_levels_keep_tables_and_coarse_digits": 1,
   "test_gradients_can_be_differentiated": 0,
-  "test_greedy_ids_equal_the_full_forward_on_every_prefix": 2,
+  "test_greedy_ids_equal_the_full_forward_on_every_prefix": 1,
   "test_hessian_vector_products_see_through_the_reconstruction": 1,
   "test_latest_token_of_a_leaf": 1,
   "test_long_ragged_pieces_decode_like_the_whole": 1,
   "test_memory_and_loops_do_not_grow_with_pairs": 1,
   "test_memory_grows_linearly_with_the_sequence": 1,
-  "test_one_compilation_per_shape": 2,
+  "test_one_compilation_per_shape": 1,
   "test_products_are_symmetric_and_the_modes_agree": 1,
   "test_prompts_longer_than_a_piece_beside_short_ones": 2,
-  "test_reconstructing_gives_the_gradient_of_autodiff": 3,
+  "test_reconstructing_gives_the_gradient_of_autodiff": 2,
   "test_resolvent": 1,
   "test_second_derivatives_go_forward_over_reverse": 0,
   "test_shapes_dtypes_and_finiteness": 2,
+  "test_snippets_run": 4,
   "test_tiles": 1,
   "test_training_memory_grows_linearly": 1,
   "test_training_memory_grows_linearly_with_length": 1,
