@@ -11,7 +11,8 @@ import pytest
 from train.quick_compile import compile_quickly
 
 compile_quickly()
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: BLAS threads wait for each other on small matrices
+# For the workers: threads of BLAS wait for each other on small matrices.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _finished = itertools.count()
 
