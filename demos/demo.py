@@ -40,6 +40,7 @@ class Demo:
       themselves, so that only plotting needs it.
     refs: papers.
     not_shown: what one could expect here and does not find: (what, why) or (what, where else it is checked).
+    timed: the story measures seconds, so the claims wait until it is told instead of running beside it.
     options: the mechanism's options class, filled in by `get`.
   """
 
@@ -50,6 +51,7 @@ class Demo:
   plots: tuple[Callable, ...] = ()
   refs: tuple[str, ...] = ()
   not_shown: tuple[tuple[str, str], ...] = ()
+  timed: bool = False
   options: type | None = None
 
 

@@ -274,6 +274,7 @@ DEMO = Demo(
   name="gauge",
   summary="rotations that depend on content, and what their order is worth",
   story=story,
+  timed=True,
   claims=CLAIMS,
   plots=(order_on_a_sphere, drift, series_and_words, uniformization),
   refs=("Barrington 1989", "Jensen 1953", "Blanes et al. 2009, arXiv 0810.5488"),

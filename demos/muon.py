@@ -273,6 +273,7 @@ DEMO = Demo(
   name="muon",
   summary="an optimizer that follows the polar factor of momentum: singular values, noise, rotations, orientation",
   story=story,
+  timed=True,
   claims=CLAIMS,
   plots=(singular_values, steps, orientation),
   refs=(*PAPERS, "Bernstein, Newhouse, 2024, arXiv 2409.20325", "Liu et al., 2025, arXiv 2502.16982"),

@@ -301,6 +301,7 @@ DEMO = Demo(
   name="octonion",
   summary="products that depend on their brackets, and what the brackets cost",
   story=story,
+  timed=True,
   claims=CLAIMS,
   plots=(fano_plane, where_29_comes_from, four_ways, symmetries),
   refs=("Baez, 2002, arXiv math/0105155",),

@@ -341,6 +341,7 @@ DEMO = Demo(
   name="tropical",
   summary="attention in the max-plus semiring: linear time, little capacity, certificates",
   story=story,
+  timed=True,
   plots=(arithmetic, capacity, certificates, training_steps),
   refs=(
     "Zhang, Naitzat, Lim, 2018, arXiv 1805.07091 (networks of maxima as tropical rational maps)",
