@@ -81,5 +81,6 @@ def write(table: Table, nodes_ZM, values_ZMD, times_ZM, end_Z, log_decay_Z) -> T
   fresh = values_ZMD * _decay(log_decay_Z, end_Z[:, None] - times_ZM)[..., None]
   # Several keys of one piece may touch a node: all set it to the same aged sum, then each adds its own.
   aged = table.sums.at[row, nodes_ZM].set(kept, mode="drop")
-  time = table.time.at[row, nodes_ZM].set(jnp.broadcast_to(end_Z[:, None], nodes_ZM.shape), mode="drop")
+  end = jnp.broadcast_to(end_Z[:, None], nodes_ZM.shape).astype(table.time.dtype)
+  time = table.time.at[row, nodes_ZM].set(end, mode="drop")
   return Table(aged.at[row, nodes_ZM].add(fresh, mode="drop"), time)
