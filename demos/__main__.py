@@ -299,13 +299,16 @@ def _run(demo: demo_lib.Demo, width: int, quiet: bool, plots: pathlib.Path | Non
   if not quiet and demo.timed:
     tell()
   # Most of a demo is compilation, which releases Python's lock: claims run beside the story.
-  with ThreadPoolExecutor(1) as beside:
+  beside = ThreadPoolExecutor(1)
+  try:
     found = [beside.submit(run_claim, claim, key, FLAGS.scale) for claim in demo.claims]
     if not quiet and not demo.timed:
       tell()
     for claim, row in zip(demo.claims, found, strict=True):
       rows.append(row.result())
       _print_row(rows[-1], claim, width)
+  finally:
+    beside.shutdown(cancel_futures=True)  # an interrupt waits for one claim, not for all
   for row in rows:
     if row.verdict != "holds":
       replay = f"python -m demos run {demo.name} --seed={FLAGS.seed} --scale={FLAGS.scale} --verbose"
