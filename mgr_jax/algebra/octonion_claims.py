@@ -87,11 +87,6 @@ def _identities(signs: np.ndarray) -> Check:
   return measure
 
 
-def _associative(key, scale) -> float:
-  x, y, z = _units(key, scale, 3)
-  return largest(associator(x, y, z))
-
-
 def _associator_size(factor: float) -> Check:
   """Standard errors between the mean of |[x, y, z]|² over uniform units and `factor`·21/16."""
 
