@@ -34,7 +34,9 @@ class GPTConfig:
     rope_base: wavelength base of rotary position embedding.
     doc_mask: packed documents do not attend to each other.
     compute_dtype: dtype of activations and matrix products; parameters, norms, softmax, logits and loss are float32.
-    remat: `none` keeps activations of every layer, `full` recomputes each layer in the backward pass.
+    remat: what the backward pass finds: `none`, all activations; `full`, the input of each layer, which is computed
+      again; `every_K`, the input of every K-th layer (K near √n_layer needs least memory); `dots`, the products with
+      weight matrices. All but `none` compute each layer once more, `dots` without those products.
     loss_chunk: tokens per cross-entropy chunk; 0 picks a chunk of about 4 Mi logits.
 
   Raises:
@@ -82,9 +84,11 @@ def config_problems(cfg) -> list[Problem]:
       found.append(Problem(f"--{name}={getattr(cfg, name)} is not positive", f"use --{name} of 1 or more"))
   if not found:
     found += _head_problems(cfg)
-  for name, choices in (("mlp", MLP_KINDS), ("compute_dtype", DTYPES), ("remat", ("none", "full"))):
+  for name, choices in (("mlp", MLP_KINDS), ("compute_dtype", DTYPES)):
     if getattr(cfg, name) not in choices:
       found.append(Problem(f"--{name}={getattr(cfg, name)} is unknown", f"use one of {', '.join(choices)}"))
+  if not re.fullmatch(r"none|full|dots|every_[1-9]\d*", cfg.remat):
+    found.append(Problem(f"--remat={cfg.remat} is unknown", "use none, full, dots, or e.g. every_4"))
   if cfg.mlp_ratio <= 0:
     found.append(Problem(f"--mlp_ratio={cfg.mlp_ratio} is not positive", "use --mlp_ratio=4"))
   if not 0 <= cfg.mlp_beta < math.inf:

@@ -1,6 +1,7 @@
 """FLOPs accounting. Convention: a matrix product m·n·k costs 2mnk; causal scores are counted at T/2 keys per query."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,38 @@ class Cost(NamedTuple):
   def flops(self) -> float:
     """Matrix and vector FLOPs together; a transcendental call is counted as one."""
     return self.matmul + self.vector + self.exp
+
+
+# Dense bfloat16 matrix products of one chip in FLOP/s, from the vendors' data sheets, by how `device_kind` begins; of
+# several names that fit the longest counts.
+PEAK_BFLOAT16 = {
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA L40S": 362e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Peak FLOP/s of one device in that compute type; None, never a guess, for what is not in the table.
+
+  >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") / 1e12
+  989.0
+  >>> peak_flops("cpu", "bfloat16") is None
+  True
+  """
+  names = [name for name in PEAK_BFLOAT16 if re.match(rf"{name}\b", device_kind)]
+  return PEAK_BFLOAT16[max(names, key=len)] if names and dtype == "bfloat16" else None
 
 
 def matmul_flops(f: Callable, *args) -> float:

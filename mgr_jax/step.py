@@ -82,6 +82,7 @@ def make_train_step(
   on_nonfinite: str = "raise",
   products: Curvature | None = None,
   stats: bool = False,
+  axis_name: str | None = None,
 ):
   """The jitted `step(state, batch) -> (state, metrics)`; `state` is donated.
 
@@ -97,6 +98,8 @@ def make_train_step(
       restored state that has this behind it goes on after `state.replace(nonfinite_streak=0)`.
     products: which curvature products the optimizer is given, see `optim.curvature`; None for none.
     stats: also return `diagnostics` of the update.
+    axis_name: of a `pmap` whose devices each hold equally many rows of the batch and a copy of the state. Sums over the
+      batch then run over it, so all copies stay equal. Losses of mechanisms that are no sums over rows are averaged.
 
   The loss goes to the schedule first. If that restarts, the optimizer's moments are cleared; then the optimizer gets
   the gradient, the loss as `value`, the multiplier as `scale`, and a key of this step.
@@ -120,10 +123,11 @@ def make_train_step(
     found.append(Problem(f"--on_nonfinite={on_nonfinite} is unknown", "use raise, or skip:K with K of 1 or more"))
   raise_if_any(found)
   limit = 1 if on_nonfinite == "raise" else int(on_nonfinite.removeprefix("skip:"))
+  everywhere = (lambda x: x) if axis_name is None else (lambda x: jax.lax.psum(x, axis_name))
 
   def step(state: TrainState, batch):
     used = {name: state.annealed[name] for name in annealing.courses(cfg)}
-    metrics, grads = _gradient(state.params, batch, cfg, grad_accum, state.annealed)
+    metrics, grads = _gradient(state.params, batch, cfg, grad_accum, state.annealed, everywhere)
     readings = metrics.pop("readings")
     metrics["grad_norm"] = optax.tree.norm(grads)
     if grad_clip:
@@ -137,10 +141,10 @@ def make_train_step(
       opt_state = reset_moments(optimizer, opt_state, state.params, event == RESTART)
     given = {"scale": multiplier, "value": metrics["loss"], "key": jax.random.fold_in(state.key, state.step)}
     if products is not None:
-      # The first rows of a shuffled batch are as good as any.
-      rows = curvature_rows(products.fraction, batch["tokens"].shape[0])
-      part = jax.tree.map(lambda x: x[:rows], batch)
-      given["hvp_fn"] = curvature.product(products.kind, state.params, part, cfg, state.annealed)
+      part = curvature_part(products.fraction, batch)
+      product = curvature.product(products.kind, state.params, part, cfg, state.annealed)
+      share = _weight(part) / everywhere(_weight(part))
+      given["hvp_fn"] = lambda v: everywhere(jax.tree.map(lambda u: share * u, product(v))) if axis_name else product(v)
     updates, opt_state = optimizer.update(grads, opt_state, state.params, **given)
     metrics["optimizer"] = hoss_metrics(opt_state)
     if stats:
@@ -159,7 +163,7 @@ def make_train_step(
       params=params,
       opt_state=opt_state,
       schedule_state=schedule_state,
-      tokens_seen=_add(state.tokens_seen, _n_targets(batch)),
+      tokens_seen=_add(state.tokens_seen, everywhere(_n_targets(batch))),
       skipped=state.skipped + ~applied,
       nonfinite_streak=jnp.where(applied, 0, state.nonfinite_streak + 1),
       annealed=annealed,
@@ -170,14 +174,12 @@ def make_train_step(
   return jax.jit(step, donate_argnums=0)
 
 
-def _gradient(params, batch, cfg, grad_accum: int, annealed):
+def _gradient(params, batch, cfg, grad_accum: int, annealed, everywhere=lambda x: x):
   """Metrics and float32 gradient of Σ_i nll_i / W + Σ_i (w_i / W)·aux_i over micro-batches i of weight w_i, Σ w_i = W.
 
   Dividing each micro-batch by its own weight and averaging would count the tokens of light micro-batches more.
   """
-  weights = batch.get("weights")
-  total = batch["targets"].size if weights is None else jnp.sum(weights, dtype=jnp.float32)
-  normalizer = jnp.maximum(total, 1.0)
+  normalizer = jnp.maximum(everywhere(_weight(batch)), 1.0)
 
   def objective(params, part):
     loss, metrics = gpt.loss(params, part, cfg, normalizer, annealed)
@@ -196,6 +198,7 @@ def _gradient(params, batch, cfg, grad_accum: int, annealed):
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, jax.tree.map(lambda x: x[0], parts)))
     add = lambda total, part: (jax.tree.map(jnp.add, total, part_gradient(part)), None)
     (metrics, grads), _ = jax.lax.scan(add, zeros, parts)
+  metrics, grads = everywhere((metrics, grads))
   return {"loss": metrics["nll_sum"] / normalizer, **metrics}, grads
 
 
@@ -219,9 +222,21 @@ def curvature_rows(fraction: float, rows: int) -> int:
   return max(1, round(fraction * rows))
 
 
+def curvature_part(fraction: float, batch):
+  """That share of the rows, every k-th one: rows of a shuffled batch are all alike, and devices hold equally many."""
+  rows = batch["tokens"].shape[0]
+  stride = rows // curvature_rows(fraction, rows)
+  return jax.tree.map(lambda x: x[::stride][: curvature_rows(fraction, rows)], batch)
+
+
 def gradient_flops(cfg, batch_size: int) -> float:
-  """FLOPs of one gradient: forward once, backward twice, and forward once more when layers are recomputed."""
-  return gpt.cost(cfg).flops * cfg.seq_len * batch_size * (4 if cfg.remat == "full" else 3)
+  """FLOPs of one gradient: forward once, backward twice, and forward once more when whole layers are recomputed."""
+  return gpt.cost(cfg).flops * cfg.seq_len * batch_size * (3 if cfg.remat in ("none", "dots") else 4)
+
+
+def model_flops(cfg) -> float:
+  """Matrix products per token of a gradient, in FLOPs, with nothing recomputed: what model FLOPs utilisation counts."""
+  return 3 * gpt.cost(cfg).matmul
 
 
 def optimizer_flops(name: str, cfg, batch_size: int, **settings) -> float:
@@ -230,6 +245,12 @@ def optimizer_flops(name: str, cfg, batch_size: int, **settings) -> float:
   if products:
     settings["hoss_hvp_frac"] = curvature_rows(products.fraction, batch_size) / batch_size
   return optim.flops(name, gpt.specs(cfg), gradient_flops(cfg, batch_size), **settings)
+
+
+def _weight(batch) -> jax.Array:
+  """Σ w of the batch, float32."""
+  weights = batch.get("weights")
+  return jnp.float32(batch["targets"].size) if weights is None else jnp.sum(weights, dtype=jnp.float32)
 
 
 def _n_targets(batch) -> jax.Array:

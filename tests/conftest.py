@@ -17,8 +17,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _finished = itertools.count()
 
 # Of these tests the suite runs the first cases only, of conformance tests those of every mechanism; `--all_cases` runs
-# all of them. What is left out repeats a check at other sizes or on variants of a mechanism, or (0) one made elsewhere.
+# all of them. What is left out repeats a check at other sizes or on variants of a mechanism, or (0) one made elsewhere:
+# that no mechanism's step holds anything quadratic is seen in `test_compiled_step.py`.
 QUICK_CASES = {
+  "test_a_killed_process_and_a_resume_of_all": 1,
   "test_a_layer_starts_as_the_identity_and_learns": 1,
   "test_a_model_trains_with_it": 1,
   "test_a_restored_run_goes_on_bit_for_bit": 3,
@@ -40,8 +42,8 @@ QUICK_CASES = {
   "test_hessian_vector_products_see_through_the_reconstruction": 1,
   "test_latest_token_of_a_leaf": 1,
   "test_long_ragged_pieces_decode_like_the_whole": 1,
-  "test_memory_and_loops_do_not_grow_with_pairs": 1,
-  "test_memory_grows_linearly_with_the_sequence": 1,
+  "test_memory_and_loops_do_not_grow_with_pairs": 0,
+  "test_memory_grows_linearly_with_the_sequence": 0,
   "test_one_compilation_per_shape": 1,
   "test_products_are_symmetric_and_the_modes_agree": 1,
   "test_prompts_longer_than_a_piece_beside_short_ones": 2,
@@ -50,9 +52,12 @@ QUICK_CASES = {
   "test_second_derivatives_go_forward_over_reverse": 0,
   "test_shapes_dtypes_and_finiteness": 2,
   "test_snippets_run": 4,
+  "test_the_compiled_program_is_as_small": 2,
+  "test_the_same_twenty_steps_everywhere": 5,
   "test_tiles": 1,
-  "test_training_memory_grows_linearly": 1,
-  "test_training_memory_grows_linearly_with_length": 1,
+  "test_training_memory_grows_linearly": 0,
+  "test_training_memory_grows_linearly_with_length": 0,
+  "test_training_memory_of_floating_values_grows_with_the_length_not_its_square": 0,
   "test_training_memory_is_a_small_multiple_of_the_activations": 2,
   "test_what_else_grows_with_depth": 0,
 }

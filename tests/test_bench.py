@@ -72,7 +72,7 @@ def test_slopes_recover_a_planted_power():
 
 def test_interleaved_runs_every_program_in_every_round():
   order = []
-  programs = {n: bench.Program(lambda n=n: order.append(n) or np.zeros(1), 0.0, 0) for n in "ab"}
+  programs = {n: bench.Program(lambda n=n: order.append(n) or np.zeros(1), 0.0, 0, 0) for n in "ab"}
   seconds = bench.interleaved(programs, 3)
   assert order == ["a", "b"] * 3
   assert seconds["a"].shape == (3,)

@@ -391,10 +391,10 @@ def test_no_setting_of_optimizer_or_schedule_may_differ():
   [
     ("tokenizer_sha256", "e" * 64, ("the tokenizer", make_tokenizer().sha256, "e" * 64, "--tokenizer")),
     ("data_sha256", "f" * 64, ("the data", "d" * 64, "f" * 64, "--data")),
-    ("process_count", 4, ("1 processes", "now there are 4")),
+    ("data_shards", 4, ("from 1 data shards, now there are 4", "--data_shards=1")),
   ],
 )
-def test_another_tokenizer_data_or_process_count(key, now, parts):
+def test_another_tokenizer_data_or_number_of_shards(key, now, parts):
   (problem,) = compare_meta(meta_of(), meta_of() | {key: now})
   for part in (*parts, "--resume_strict=false"):
     assert part in str(problem)

@@ -92,14 +92,29 @@ def test_positions_restart_with_every_document():
   np.testing.assert_array_equal(gpt.positions_in_documents(segments), expected)
 
 
-@pytest.mark.parametrize("changed", [{"remat": "full"}, {"loss_chunk": 7}])
-def test_memory_options_change_no_number(key, params, changed):
-  batch = batch_of(key)
-  base, other = (
-    jax.value_and_grad(lambda p, c=c: gpt.loss(p, batch, c)[0])(params)
-    for c in (CFG, dataclasses.replace(CFG, **changed))
-  )
+@pytest.mark.parametrize("changed", [{"remat": "full"}, {"remat": "dots"}, {"remat": "every_2"}, {"loss_chunk": 7}])
+def test_memory_options_change_no_number(key, changed):
+  cfg = dataclasses.replace(CFG, n_layer=3)
+  params, batch = noisy_params(key, cfg), batch_of(key)
+  base, other = (value_and_grad(params, batch, c) for c in (cfg, dataclasses.replace(cfg, **changed)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), base, other)
+
+
+def test_what_each_remat_policy_keeps(key):
+  """Temporaries of sixteen layers: groups of four keep least, then the inputs of layers, then products with weights."""
+  cfg = GPTConfig(vocab_size=97, seq_len=64, n_layer=16, n_head=2, n_kv_head=2, n_embd=64)
+
+  def temporaries(remat):
+    changed = dataclasses.replace(cfg, remat=remat)
+    params, batch = (
+      jax.eval_shape(lambda: gpt.init(key, changed)),
+      dict.fromkeys(("tokens", "targets"), jnp.zeros((4, 64), int)),
+    )
+    step = jax.jit(jax.grad(lambda p: gpt.loss(p, batch, changed)[0]))
+    return step.lower(params).compile().memory_analysis().temp_size_in_bytes / (4 * 64 * 64 * 4)
+
+  every, full, dots, none = map(temporaries, ("every_4", "full", "dots", "none"))
+  assert every + 5 < full and full + 60 < dots and dots + 150 < none
 
 
 def test_bfloat16_compute_keeps_float32_gradients_and_is_close(key, params):

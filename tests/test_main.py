@@ -79,7 +79,7 @@ def losses(settings: Settings) -> dict[int, float]:
 @contextlib.contextmanager
 def after_step(monkeypatch, number: int, action):
   """Calls `action` when step `number` has been dispatched."""
-  advance = loop._Trainer._advance
+  advance = loop.Trainer._advance
 
   def advance_and_act(self):
     advance(self)
@@ -87,7 +87,7 @@ def after_step(monkeypatch, number: int, action):
       action()
 
   with monkeypatch.context() as m:
-    m.setattr(loop._Trainer, "_advance", advance_and_act)
+    m.setattr(loop.Trainer, "_advance", advance_and_act)
     yield
 
 
@@ -233,8 +233,8 @@ def test_one_transfer_per_log_line_after_the_next_step_is_on_its_way(settings, m
   fetched_at = []
   device_get = jax.device_get
   trainers = []
-  compile_ = loop._Trainer._compile
-  monkeypatch.setattr(loop._Trainer, "_compile", lambda self: (trainers.append(self), compile_(self))[1])
+  compile_ = loop.Trainer.compile
+  monkeypatch.setattr(loop.Trainer, "compile", lambda self: (trainers.append(self), compile_(self))[1])
 
   def counting(x):
     fetched_at.append(trainers[-1].step)
@@ -242,7 +242,7 @@ def test_one_transfer_per_log_line_after_the_next_step_is_on_its_way(settings, m
 
   monkeypatch.setattr(loop.jax, "device_get", counting)
   quiet = dataclasses.replace(settings, log_every=4)
-  monkeypatch.setattr(loop._Trainer, "_save", lambda self: None)
+  monkeypatch.setattr(loop.Trainer, "_save", lambda self: None)
   loop.run(quiet)
   assert fetched_at == [2, 5, 9, 9]
   assert list(losses(quiet)) == [1, 4, 8, 9]
@@ -423,8 +423,7 @@ def test_the_largest_micro_batch_really_fits(settings):
   plan = make_plan(settings)
   limit = 3_000_000
   largest = dry_run.largest_micro_batch(plan, limit)
-  step, state = dry_run._abstract_step(plan, 1)
-  peak = lambda rows: dry_run.peak_bytes(step.lower(state, dry_run._abstract_batch(plan, rows)).compile())
+  peak = lambda rows: dry_run.peak_bytes(dry_run._compile(plan, 1, rows))
   assert peak(int(0.9 * largest)) <= limit < peak(math.ceil(1.1 * largest))
 
 

@@ -118,5 +118,5 @@ def test_mistakes(arguments, parts, capsys):
 
 
 def test_unknown_benchmark():
-  with pytest.raises(UserError, match=r"speed one of dominance, optimizers, step, stiff, regime"):
+  with pytest.raises(UserError, match=r"speed one of dominance, throughput, overhead, optimizers, step, stiff, regime"):
     bench.main(["bench", "race"])

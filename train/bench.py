@@ -1,7 +1,7 @@
 """Benchmarks. `python -m train.bench speed` times every mechanism against softmax attention, interleaved in one run.
 
 `python -m train.bench dominance` measures which of depth, width and data to double next (`train/dominance/program.py`);
-`optimizers`, `step`, `stiff` and `regime` compare optimizers and schedules (`train/races/program.py`).
+`throughput`, `overhead`, `optimizers`, `step`, `stiff` and `regime` are races with verdicts (`train/races/program.py`).
 
 Forward, forward+backward, decode and compile time, and compiled temporary memory, of the whole model. Ratios are
 medians over rounds in which every candidate runs once, so drift of the machine cancels. Nothing is asserted about time.
@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from train import cli, plain
+from train.parallel import peak_bytes
 from train.races import program as races
 
 FLAGS = flags.FlagValues()
@@ -50,11 +51,13 @@ PLAIN_LIMIT = 2048  # its T×T scores of every layer would fill the memory
 
 
 class Program(NamedTuple):
-  """A compiled program with its arguments, and how long it took to trace and compile."""
+  """A compiled program with its arguments, how long it took to trace and compile, and what it needs on one device:
+  temporaries alone, and all that is alive while it runs."""
 
   run: Callable[[], Any]
   compile_s: float
   temp_bytes: int
+  peak_bytes: int
 
 
 def compiled(f: Callable, *args) -> Program:
@@ -63,13 +66,16 @@ def compiled(f: Callable, *args) -> Program:
   program = jax.jit(f).lower(*args).compile()
   seconds = time.perf_counter() - start
   jax.block_until_ready(program(*args))
-  return Program(lambda: program(*args), seconds, int(program.memory_analysis().temp_size_in_bytes))
+  return Program(lambda: program(*args), seconds, program.memory_analysis().temp_size_in_bytes, peak_bytes(program))
 
 
-def stepping(step: Callable, state, batch) -> Program:
-  """`step(state, batch) -> (state, metrics)` as a program that goes on from its own last state; states are donated."""
+def stepping(step: Callable, state, batch, compile_step: Callable | None = None) -> Program:
+  """`step(state, batch) -> (state, metrics)` as a program that goes on from its own last state; states are donated.
+
+  `compile_step(step, state)` compiles it for several devices.
+  """
   start = time.perf_counter()
-  compiled_step = step.lower(state, batch).compile()
+  compiled_step = compile_step(step, state) if compile_step else step.lower(state, batch).compile()
   seconds, held = time.perf_counter() - start, [state]
 
   def run():
@@ -77,7 +83,7 @@ def stepping(step: Callable, state, batch) -> Program:
     return metrics["loss"], jax.tree.leaves(held[0].params)[0]
 
   jax.block_until_ready(run())
-  return Program(run, seconds, int(compiled_step.memory_analysis().temp_size_in_bytes))
+  return Program(run, seconds, compiled_step.memory_analysis().temp_size_in_bytes, peak_bytes(compiled_step))
 
 
 def interleaved(programs: dict[str, Program], rounds: int) -> dict[str, np.ndarray]:
@@ -172,15 +178,20 @@ def table(rows: list[dict[str, Any]]) -> str:
   return "\n".join([header, *(" ".join(cell(form, key, row) for key, _, form in COLUMNS) for row in rows)])
 
 
+def checked(patterns: Iterable[str], **fields) -> dict[str, GPTConfig]:
+  """One configuration per attention pattern. Raises `UserError` with the problems of all of them."""
+  defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
+  candidates = [SimpleNamespace(**(defaults | fields | {"attention": pattern})) for pattern in patterns]
+  raise_if_any(dict.fromkeys(problem for c in candidates for problem in model_problems(c)))
+  return {pattern: GPTConfig(**fields, attention=pattern) for pattern in patterns}
+
+
 def configurations(seq_len: int) -> dict[str, GPTConfig]:
   """The configurations that the flags ask for, `standard` and `plain` first. Raises `UserError` with all problems."""
   patterns = dict.fromkeys([BASELINE, *(FLAGS.attention or attention_names())])
   fields = {name: getattr(FLAGS, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "compute_dtype")}
   fields |= {"n_kv_head": FLAGS.n_kv_head or FLAGS.n_head, "seq_len": seq_len}
-  defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
-  candidates = [SimpleNamespace(**(defaults | fields | {"attention": pattern})) for pattern in patterns]
-  raise_if_any(dict.fromkeys(problem for c in candidates for problem in model_problems(c)))
-  configs = {pattern: GPTConfig(**fields, attention=pattern) for pattern in patterns}
+  configs = checked(patterns, **fields)
   if seq_len <= PLAIN_LIMIT and FLAGS.compute_dtype == "float32" and fields["n_head"] == fields["n_kv_head"]:
     configs[PLAIN] = configs[BASELINE]
   return configs

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mgr_jax.problems import Problem, UserError, raise_if_any
+from train import distributed
 from train.fingerprint import fingerprints, table
 from train.identity import listed, tree_problems
 
@@ -105,9 +106,10 @@ class Checkpoints:
     metrics = {"val_bpb": score if math.isfinite(score) else math.inf}
     try:
       # Orbax's own threads would wait for minutes on a directory in which nothing can be made.
-      probe = self.directory / f".write-test-{os.getpid()}"
-      probe.mkdir(parents=True)
-      probe.rmdir()
+      if distributed.leads():
+        probe = self.directory / f".write-test-{os.getpid()}"
+        probe.mkdir(parents=True)
+        probe.rmdir()
       self._writer().save(step, args=ocp.args.Composite(**arrays, meta=record), metrics=metrics, force=True)
     except Exception as e:  # whatever the disk did, it must not stop the training
       self._failed(e)
@@ -142,7 +144,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
       except Exception as e:
         self._failed(e)
-      shutil.rmtree(self.directory / _PRUNED, ignore_errors=True)
+      if distributed.leads():
+        shutil.rmtree(self.directory / _PRUNED, ignore_errors=True)
 
   def close(self) -> None:
     """Waits, then stops the background threads."""
@@ -156,9 +159,10 @@ class Checkpoints:
 
   def _writer(self) -> ocp.CheckpointManager:
     if self._manager is None:
-      for entry in self._entries():
+      for entry in self._entries() if distributed.leads() else ():
         if entry.name.endswith(_TEMPORARY) or entry.name == _PRUNED:
           shutil.rmtree(entry, ignore_errors=True)
+      distributed.meet()
       self._manager = ocp.CheckpointManager(self.directory, options=self._options)
     return self._manager
 

@@ -10,7 +10,7 @@ from train.metrics import Record
 
 
 class Console:
-  """Prints lines and the progress of `total` steps in the style `bar`, `plain`, `none` or `auto`."""
+  """Prints lines and the progress of `total` steps in the style `bar`, `plain`, `none`, `silent` or `auto`."""
 
   def __init__(self, style: str, total: int, done: int):
     if style == "auto":
@@ -22,6 +22,8 @@ class Console:
 
   def line(self, text: str = "") -> None:
     """Prints above the bar, if there is one."""
+    if self._style == "silent":
+      return
     if self._bar is not None:
       self._bar.clear()
     print(text, flush=True)

@@ -108,7 +108,21 @@ class Settings:
     "Type of activations and matrix products; auto = bfloat16 on TPUs and on GPUs of capability 8 and up.",
     ("auto", "float32", "bfloat16"),
   )
-  remat: str = _flag("none", "full = recompute each layer in the backward pass.", ("none", "full"))
+  parallel: str = _flag(
+    "auto",
+    "Devices: single; jit = one program over --mesh; pmap = a copy of the state per device; auto = jit on several.",
+    ("auto", "single", "jit", "pmap"),
+  )
+  mesh: str = _flag("", "Mesh of jit: data=N,fsdp=M; parameters and moments are split over fsdp, rows over both.")
+  coordinator: str = _flag(
+    "", "host:port of process 0, for several processes; also JAX_COORDINATOR_ADDRESS or a cluster."
+  )
+  num_processes: int = _flag(0, "Processes of this run; also JAX_NUM_PROCESSES or a cluster.")
+  process_id: int = _flag(-1, "Number of this process, from 0; also JAX_PROCESS_ID or a cluster.")
+  remat: str = _flag(
+    "none",
+    "Recomputed in the backward pass: none, full = layers, every_K = groups of K, dots = all but weight products.",
+  )
 
   max_steps: int = _flag(200, "Updates to train for.")
   target_tokens: int = _flag(0, "Train on this many tokens instead of --max_steps.")
@@ -118,6 +132,7 @@ class Settings:
   tokenizer: str = _flag("auto", "auto = the one beside the data; bytes; gpt2; or the path of a tokenizer.json.")
   text_column: str = _flag("text", "Column of the shards that holds the text.")
   val_from_train: float = _flag(0.0, "Share of documents held out when the data has no validation split.")
+  data_shards: int = _flag(0, "Streams that the rows of a batch come from, a multiple of the processes; 0 = one each.")
   data_threads: int = _flag(4, "Threads that read and tokenize; 0 = none.")
 
   val_every: int = _flag(0, "Steps between validations; 0 = at the start and the end, -1 = never.")
@@ -132,6 +147,8 @@ class Settings:
   )
   resume_strict: bool = _flag(True, "Refuse to resume with other settings, data or tokenizer.")
 
+  profile_steps: str = _flag("", "First:last update whose profiler trace goes to profile/ of the run, e.g. 10:13.")
+  compile_cache: str = _flag("auto", "Keeps compiled programs: auto = beside the corpora; none; or a directory.")
   log_every: int = _flag(10, "Steps between log lines.")
   optimizer_stats: bool = _flag(False, "Log norms and angles of gradient and update by role.")
   probe_every: int = _flag(0, "Steps between diagnostics of the mechanisms, written to metrics.jsonl; 0 = never.")
@@ -200,7 +217,8 @@ def flagfile(settings: Settings) -> str:
   if tokenizer not in NAMED_TOKENIZERS:
     tokenizer = os.path.abspath(os.path.expanduser(tokenizer))
   settings = dataclasses.replace(settings, data=data, tokenizer=tokenizer)
-  names = [name for name in FIELDS if name not in ("run_id", "workdir", "dry_run", "resume", "resume_strict")]
+  this_start = ("run_id", "workdir", "dry_run", "resume", "resume_strict", "coordinator", "num_processes", "process_id")
+  names = [name for name in FIELDS if name not in this_start]
   return "\n".join(["# python -m train.main --flagfile=THIS_FILE", *_arguments(settings, names)]) + "\n"
 
 
@@ -208,6 +226,14 @@ def arguments_of(settings: Settings, part: str, known) -> dict[str, Any]:
   """The settings of one part: those it knows, and those that differ from their default, known or not."""
   named = {n: getattr(settings, n) for n, f in FIELDS.items() if f.metadata["part"] == part}
   return {n: v for n, v in named.items() if n in known or v != FIELDS[n].default}
+
+
+def profiled_steps(s: Settings) -> range | None:
+  """The updates to profile, numbered from 1; empty for none, None for a text that says something else."""
+  match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", s.profile_steps)
+  if s.profile_steps and (not match or int(match.group(1)) > int(match.group(2))):
+    return None
+  return range(int(match.group(1)), int(match.group(2)) + 1) if match else range(0)
 
 
 def setting_problems(s: Settings) -> list[Problem]:
@@ -222,8 +248,8 @@ def _range_problems(s: Settings) -> list[Problem]:
   found = []
   for name, f in FIELDS.items():
     value, choices = getattr(s, name), f.metadata["choices"]
-    # The model's own check reports a bad MLP or remat kind.
-    if choices and value not in choices and name not in ("mlp", "remat"):
+    # The model's own check reports a bad kind of MLP.
+    if choices and value not in choices and name != "mlp":
       found.append(Problem(f"--{name}={value} is unknown", f"use one of {', '.join(choices)}"))
 
   def need(name: str, good: bool, rule: str):
@@ -232,7 +258,7 @@ def _range_problems(s: Settings) -> list[Problem]:
 
   for name in ("batch_size", "grad_accum", "log_every", "ckpt_keep", "val_tokens"):
     need(name, getattr(s, name) >= 1, "is not positive")
-  counts = ("target_tokens", "n_kv_head", "data_threads", "ckpt_every", "probe_every", "seed")
+  counts = ("target_tokens", "n_kv_head", "data_shards", "data_threads", "ckpt_every", "probe_every", "seed")
   for name in ("grad_clip", "max_seconds", *counts):
     need(name, getattr(s, name) >= 0, "is negative")
   for name in ("val_every", "sample_every"):
@@ -246,6 +272,7 @@ def _range_problems(s: Settings) -> list[Problem]:
     near = max(d for d in range(1, s.grad_accum) if s.batch_size % d == 0)
     fix = f"use --grad_accum={near} or --batch_size={-(-s.batch_size // s.grad_accum) * s.grad_accum}"
     found.append(Problem(f"--batch_size={s.batch_size} is not divisible by --grad_accum={s.grad_accum}", fix))
+  need("profile_steps", profiled_steps(s) is not None, "is not FIRST:LAST with 1 <= FIRST <= LAST")
   if any("\n" in prompt or not prompt.strip() for prompt in s.sample_prompt):
     found.append(Problem("--sample_prompt is empty or has a line break", "give one line of text per --sample_prompt"))
   return found

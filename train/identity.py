@@ -20,11 +20,11 @@ _SHOWN = 20
 MAY_DIFFER = frozenset({
   "run_id", "workdir", "certify", "dry_run", "debug", "flagfile",
   "max_steps", "target_tokens", "target_flops", "max_seconds",
-  "data", "tokenizer", "data_threads",
+  "data", "tokenizer", "data_threads", "data_shards",
   "val_every", "val_tokens", "sample_every", "sample_prompt",
   "ckpt_every", "ckpt_keep", "resume", "resume_strict",
   "log_every", "probe_every", "progress", "tensorboard", "profile_steps", "on_nonfinite",
-  "parallel", "mesh",
+  "parallel", "mesh", "coordinator", "num_processes", "process_id", "compile_cache",
 })  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def make_meta(
   data_sha256: str,
   run_id: str,
   lineage: tuple[str, ...] = (),
+  data_shards: int = 1,
 ) -> dict[str, Any]:
   """What a checkpoint says of its run: settings, model, hashes, versions, and its lineage, the oldest run first."""
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
@@ -50,14 +51,15 @@ def make_meta(
     "backend": jax.default_backend(),
     "device_count": jax.device_count(),
     "process_count": jax.process_count(),
+    "data_shards": data_shards,
   }
 
 
 def compare_meta(saved: Mapping[str, Any], current: Mapping[str, Any], strict: bool = True) -> list[Problem]:
   """Why a run described by `current` must not continue a checkpoint described by `saved`; both from `make_meta`.
 
-  Compared are the settings not in `MAY_DIFFER`, the model, the tokenizer, the data and the number of processes. With
-  `strict=False` all of these may differ. Versions, backend and number of devices always may.
+  Compared are the settings not in `MAY_DIFFER`, the model, the tokenizer, the data and the number of data shards.
+  With `strict=False` all of these may differ. Versions, backend and number of devices and processes always may.
   """
   if not strict:
     return []
@@ -76,10 +78,10 @@ def compare_meta(saved: Mapping[str, Any], current: Mapping[str, Any], strict: b
     if saved[key] != current[key]:
       error = f"the {what} is not the one of the checkpoint: sha256 {saved[key]} -> {current[key]}"
       found.append(Problem(error, f"give the same {what} with {flag}, or {accept}"))
-  if saved["process_count"] != current["process_count"]:
-    old, new = saved["process_count"], current["process_count"]
-    error = f"the checkpoint was written by {old} processes, now there are {new}"
-    fix = f"start {old} processes, or go on at the next unread data with --resume_strict=false"
+  old, new = saved.get("data_shards", saved["process_count"]), current["data_shards"]
+  if old != new:
+    error = f"the checkpoint was trained from {old} data shards, now there are {new}"
+    fix = f"use --data_shards={old}, or go on at the next unread data with --resume_strict=false"
     found.append(Problem(error, fix))
   return found
 

@@ -1,5 +1,6 @@
 """Where a run writes: `metrics.jsonl`, `summary.json`, `run.md`, `samples.txt`, and the console."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ class Journal:
   Later, a file that cannot be written does not stop the training: the problem is shown and kept in `failures`.
   """
 
-  def __init__(self, plan: Plan, directory: RunDirectory, start: Start):
+  def __init__(self, plan: Plan, directory: RunDirectory, start: Start, progress: str):
     settings = plan.settings
     self._plan, self._directory = plan, directory
     self._lr = matrix_rate(settings)
@@ -42,10 +43,11 @@ class Journal:
       (directory.path / left_over).unlink(missing_ok=True)
     tensorboard = directory.tensorboard if settings.tensorboard else None
     self._log = MetricsLog(directory.metrics, start.step if start.own else None, tensorboard)
-    directory.write("config.cfg", flagfile(settings))
+    # With as many shards as now, the flagfile means the same for another number of processes.
+    directory.write("config.cfg", flagfile(dataclasses.replace(settings, data_shards=plan.data_shards)))
     tokenizer_lib.save(plan.tokenizer, directory.path / tokenizer_lib.FILE_NAME)
     directory.write("samples.txt", samples_text(self._log.records))
-    self._console = Console(settings.progress, plan.steps, start.step)
+    self._console = Console(progress, plan.steps, start.step)
     self.say(summaries.header(plan, self.summary, directory))
 
   def say(self, text: str = "") -> None:
@@ -96,6 +98,8 @@ class Journal:
       **self.meter.lap(step - self._logged),
     }
     self._logged = step
+    share = self._plan.utilisation(record["step_ms"] / 1e3)
+    record |= {} if share is None else {"mfu": share}
     self._try(self._log.write, record)
     val = self._log.select("val_bpb")
     eta = (self._plan.steps - step) * self.meter.totals()["step_ms"]["p50"] / 1e3
@@ -145,6 +149,8 @@ class Journal:
     """Writes `summary.json` and `run.md` from what is known now."""
     self.summary["results"] |= summaries.from_records(self._log.records) | self.meter.totals()
     self.summary["results"]["steps_done"] = steps_done
+    step_ms = self.summary["results"]["step_ms"]
+    self.summary["results"]["mfu"] = self._plan.utilisation(step_ms["p50"] / 1e3) if step_ms else None
     tokens = steps_done * self._plan.tokens_per_step
     self.summary["data"] |= {"epochs_seen": epochs_seen, "tokens_seen": tokens}
     self._try(summaries.write, self._directory, self.summary, self._log.select("loss"))

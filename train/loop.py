@@ -1,8 +1,11 @@
 """One training run, from settings to artifacts. A notebook calls `run(Settings(max_steps=50, attention="braid"))`."""
 
+import contextlib
 import gc
+import tempfile
 import time
 from pathlib import Path
+from signal import Signals
 from typing import Any, NamedTuple
 
 import jax
@@ -10,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.config import GPTConfig
-from mgr_jax.data.stream import TrainIterator, train_iterator, validation_batches
+from mgr_jax.data.shards import ShardedBatches
+from mgr_jax.data.stream import train_iterator, validation_batches
 from mgr_jax.model import annealing, gpt
 from mgr_jax.params import fold_in_name
 from mgr_jax.problems import Problem
 from mgr_jax.schedules import EVENT_NAMES, NO_EVENT
 from mgr_jax.step import init_train_state
-from train import dry_run, nonfinite, validate
+from train import distributed, dry_run, nonfinite, validate
 from train.artifacts import RunDirectory, new_run_id
 from train.certify import certify
 from train.checkpoint import Checkpoints
-from train.flags import Settings, command
+from train.flags import Settings, command, profiled_steps
 from train.journal import Journal
 from train.nonfinite import NonFinite
+from train.parallel import peak_bytes
 from train.plan import Plan, initial_specs, make_optimizer, make_plan, make_schedule, make_step
 from train.probe import probe
 from train.resume import Start, describe, find_start
@@ -50,35 +55,52 @@ def run(settings: Settings) -> Result:
   that is wrong with settings, data, tokenizer and checkpoint.
   """
   began = time.perf_counter()
-  plan = make_plan(settings, say=print)
+  say = print if distributed.leads() else lambda *text, **_: None
+  plan = make_plan(settings, say=say)
   for warning in plan.warnings:
-    print(f"warning: {warning.error}\n    fix: {warning.fix}")
+    say(f"warning: {warning.error}\n    fix: {warning.fix}")
   if settings.dry_run:
-    print(dry_run.report(plan), flush=True)
+    say(dry_run.report(plan), flush=True)
     return Result("dry_run", 0, None, {})
-  directory = RunDirectory(settings.workdir, settings.run_id or new_run_id(config_hash(settings)))
+  run_id = settings.run_id or distributed.leaders(new_run_id(config_hash(settings)))
+  directory = RunDirectory(settings.workdir, run_id)
   checkpoints = Checkpoints(directory.checkpoints, settings.ckpt_keep)
   start = find_start(plan, directory, checkpoints)
+  distributed.meet()  # nobody writes before all have seen what is there
   if start.step > plan.steps or (start.step == plan.steps and start.earlier.get("status") == "finished"):
-    print(f"run {directory.path} has done {start.step} of {plan.steps} steps: nothing to do")
-    print(f"  train longer: {command(settings, run_id=directory.run_id, max_steps=2 * start.step, target_tokens=0)}")
+    say(f"run {directory.path} has done {start.step} of {plan.steps} steps: nothing to do")
+    say(f"  train longer: {command(settings, run_id=directory.run_id, max_steps=2 * start.step, target_tokens=0)}")
     return Result("finished", 0, directory.path, start.earlier)
-  batches = train_iterator(
-    plan.corpus,
-    plan.tokenizer,
-    seq_len=settings.seq_len,
-    batch_size=settings.batch_size,
-    seed=settings.seed,
-    threads=settings.data_threads,
-  )
   try:
-    with batches:
-      return _Trainer(plan, directory, checkpoints, start, batches, began).run()
+    with open_batches(plan) as batches:
+      return Trainer(plan, directory, checkpoints, start, batches, began).run()
   finally:
     gc.unfreeze()
 
 
-class _Trainer:
+def open_batches(plan: Plan) -> ShardedBatches:
+  """The training batches of this process."""
+  settings, shards = plan.settings, plan.data_shards
+  per_process = shards // jax.process_count()
+  first = jax.process_index() * per_process
+  return ShardedBatches(
+    [
+      train_iterator(
+        plan.corpus,
+        plan.tokenizer,
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size // shards,
+        seed=settings.seed,
+        threads=settings.data_threads,
+        process_index=shard,
+        process_count=shards,
+      )
+      for shard in range(first, first + per_process)
+    ]
+  )
+
+
+class Trainer:
   """The moving parts of one run. `step` counts the updates that have been dispatched."""
 
   def __init__(
@@ -87,48 +109,59 @@ class _Trainer:
     directory: RunDirectory,
     checkpoints: Checkpoints,
     start: Start,
-    batches: TrainIterator,
+    batches: ShardedBatches,
     began: float,
   ):
     settings, cfg = plan.settings, plan.cfg
     self.plan, self.settings, self.directory, self.checkpoints = plan, settings, directory, checkpoints
     self.start, self.batches, self.began = start, batches, began
     self.step = start.step
+    self.profiled, self.tracing = profiled_steps(settings), False
     self.pending: list[tuple[int, dict[str, np.ndarray], Any]] = []
-    self.inputs = ("tokens", "targets", "segment_ids") if cfg.doc_mask else ("tokens", "targets")
     self.val = None
     if settings.val_every != -1:
       self.val = validation_batches(
         plan.corpus,
         plan.tokenizer,
         seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size // jax.process_count(),
         val_tokens=settings.val_tokens,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
       )
-    optimizer = make_optimizer(settings, gpt.specs(cfg), cfg)
+    optimizer = make_optimizer(settings, gpt.specs(cfg), cfg, plan.placement)
     schedule = make_schedule(settings, plan.steps)
-    self.step_of = lambda cfg: make_step(settings, cfg, optimizer, schedule, plan.steps)
+    self.step_of = lambda cfg: make_step(settings, cfg, optimizer, schedule, plan.steps, placement=plan.placement)
     self.snap_step = annealing.snap_step(cfg, plan.steps)
     specs = initial_specs(settings, cfg)
-    self._set_state(jax.jit(lambda: init_train_state(cfg, optimizer, schedule, settings.seed, specs)))
+    self._set_state(lambda: init_train_state(cfg, optimizer, schedule, settings.seed, specs))
 
   def _set_state(self, init) -> None:
     """Initial or restored state, and the place in the data that belongs to it."""
-    start, self.left_out = self.start, 0
+    start, self.left_out, placement, specs = self.start, 0, self.plan.placement, gpt.specs(self.plan.cfg)
     if start.source is None:
-      self.state = init()
+      self.state = placement.init(init, specs)
     else:
-      self.state, data_state, _ = start.source.restore(jax.eval_shape(init), start.step)
-      self.left_out = self.batches.set_state(data_state, strict=self.settings.resume_strict)
+      self.state, data_state, _ = start.source.restore(placement.abstract(init, specs), start.step)
+      states = [data_state] if isinstance(data_state, dict) else data_state
+      self.left_out = self.batches.set_state(states, strict=self.settings.resume_strict)
     self.limit = self.settings.skip_limit or 1
     self.streak = int(self.state.nonfinite_streak)
     if self.streak >= self.limit:  # a state saved under a more patient setting would refuse every update
-      self.state, self.streak = self.state.replace(nonfinite_streak=jnp.zeros((), jnp.int32)), 0
+      self.state, self.streak = self.state.replace(nonfinite_streak=0 * self.state.nonfinite_streak), 0
 
   def run(self) -> Result:
     """Everything after the checks."""
     anew = self.start.source is None and self.directory.holds_a_run()
-    self.journal = Journal(self.plan, self.directory, self.start)
+    with contextlib.ExitStack() as stack:
+      directory, progress = self.directory, self.settings.progress
+      if not distributed.leads():
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        directory, progress = RunDirectory(folder, self.directory.run_id), "silent"
+      return self._run(Journal(self.plan, directory, self.start, progress), anew)
+
+  def _run(self, journal: Journal, anew: bool) -> Result:
+    self.journal = journal
     if anew:
       self.journal.say("the directory holds a run without a finished checkpoint: it starts anew")
     if self.start.source is not None:
@@ -150,6 +183,8 @@ class _Trainer:
 
   def _close(self, status: str, error: str | None) -> None:
     """Waits for the last checkpoint and writes the final summary."""
+    if self.tracing:
+      self._end_profile()
     self.checkpoints.close()
     self._note_failed_checkpoints()
     self.journal.finish(status, error)
@@ -164,12 +199,12 @@ class _Trainer:
     self._write_summary()
     if not self.start.own and not self._certify():
       return "failed", Problem("a claim does not hold", "do not trust this configuration; --certify=off trains anyway")
-    self._compile()
+    self.compile()
     if self.step == 0:
       self._validate()
     try:
       with StopSignals() as stop:
-        status = self._take_steps(stop)
+        status = self.take_steps(stop)
         finished = status == "finished"
         self._boundary(validate_now=finished, sample_now=finished, save_now=True)
     except NonFinite as e:
@@ -194,56 +229,79 @@ class _Trainer:
     """The configuration that the next step trains."""
     return self.plan.cfg if self.step < self.snap_step else annealing.snapped(self.plan.cfg)
 
-  def _compile(self) -> None:
+  def compile(self) -> None:
     began = time.perf_counter()
     shape = jax.ShapeDtypeStruct((self.settings.batch_size, self.settings.seq_len), jnp.int32)
-    self.compiled = self.step_of(self.cfg).lower(self.state, dict.fromkeys(self.inputs, shape)).compile()
-    seconds, peak = time.perf_counter() - began, dry_run.peak_bytes(self.compiled)
+    step, inputs = self.step_of(self.cfg), dict.fromkeys(self.plan.inputs, shape)
+    self.compiled = self.plan.placement.compile(step, self.state, inputs, gpt.specs(self.plan.cfg))
+    seconds, peak = time.perf_counter() - began, peak_bytes(self.compiled)
     self.journal.summary["results"] |= {"compile_s": seconds, "peak_bytes": peak}
     self.journal.say(f"compiled   in {seconds:.1f} s, {peak / 2**20:.0f} MiB\n")
 
-  def _take_steps(self, stop: StopSignals) -> str:
-    """Steps until the horizon, a signal or the time limit; returns the status that this gives the run."""
-    s = self.settings
+  def take_steps(self, stop: StopSignals, until: int | None = None) -> str:
+    """Steps until the horizon or `until`, a signal or the time limit; returns the status that this gives the run."""
+    s, until = self.settings, self.plan.steps if until is None else until
     self.journal.meter.resume()
-    while self.step < self.plan.steps:
+    while self.step < until:
       self._advance()
       if self.step == self.start.step + 1:
         gc.collect()
         gc.freeze()  # what exists now lives as long as the run: the collector need not look at it again
       if self.step == self.plan.steps:
         break
-      if stop.received is not None:
-        self.journal.say(f"{stop.received.name}: saving step {self.step}; once more to stop without saving")
-        return "interrupted"
-      if s.max_seconds and time.perf_counter() - self.began >= s.max_seconds:
-        self.journal.say(f"--max_seconds={s.max_seconds:g} are over: saving step {self.step}")
-        return "stopped_time"
+      status = self._asked_to_stop(stop)
+      if status:
+        return status
       due = lambda every: every > 0 and self.step % every == 0
       self._boundary(due(s.val_every), due(s.sample_every), due(s.ckpt_every))
     return "finished"
+
+  def _asked_to_stop(self, stop: StopSignals) -> str:
+    """The status of a run that a signal or the clock ends here; several processes ask each other at log lines only."""
+    if jax.process_count() > 1 and not self._is_logged(self.step):
+      return ""
+    over = bool(self.settings.max_seconds) and time.perf_counter() - self.began >= self.settings.max_seconds
+    signal = distributed.largest(stop.received or 0)
+    if signal:
+      self.journal.say(f"{Signals(signal).name}: saving step {self.step}; once more to stop without saving")
+      return "interrupted"
+    if distributed.largest(over):
+      self.journal.say(f"--max_seconds={self.settings.max_seconds:g} are over: saving step {self.step}")
+      return "stopped_time"
+    return ""
 
   def _advance(self) -> None:
     """Dispatches one step; then fetches the metrics of the step before it, if that one is logged."""
     asked = time.perf_counter()
     batch = next(self.batches)
     self.journal.meter.wait(time.perf_counter() - asked)
-    batch = {name: batch[name] for name in self.inputs}
+    batch = {name: batch[name] for name in self.plan.inputs}
     if self.step == self.snap_step and self.step > self.start.step:
       self._snap()
-    self.state, metrics = self.compiled(self.state, batch)
+    if self.profiled and self.step + 1 == self.profiled.start:
+      jax.profiler.start_trace(str(self.directory.path / "profile"))
+      self.tracing = True
+    self.state, metrics = self.compiled(self.state, self.plan.placement.put(batch))
     self.step += 1
     self.pending.append((self.step, batch, metrics))
+    if self.tracing and self.step + 1 == self.profiled.stop:
+      self._end_profile()
     if self._is_logged(self.step - 1) or len(self.pending) > MAX_PENDING:
       self._fetch(self.step - 1)
     if self.settings.probe_every and self.step % self.settings.probe_every == 0:
       self._probe(batch)
 
+  def _end_profile(self) -> None:
+    jax.block_until_ready(self.state)
+    jax.profiler.stop_trace()
+    self.tracing = False
+    self.journal.event("profile", self.step, directory=str(self.directory.path / "profile"))
+
   def _snap(self) -> None:
     """Goes over to the snapped options, which are another program."""
     self.journal.meter.pause()
     self.journal.event("snap", self.step, attention=self.cfg.attention)
-    self._compile()
+    self.compile()
     self.journal.meter.resume()
 
   def _probe(self, batch) -> None:
@@ -271,7 +329,8 @@ class _Trainer:
     fetched = jax.device_get([m if self._is_logged(step) else flags(m) for step, _, m in due])
     for (step, batch, _), metrics in zip(due, fetched, strict=True):
       if "loss" in metrics:
-        self.journal.log_step(step, metrics, int(self.plan.tokenizer.token_bytes[batch["targets"]].sum()))
+        of_batch = self.plan.tokenizer.token_bytes[batch["targets"]].sum(dtype=np.float64)
+        self.journal.log_step(step, metrics, int(distributed.total(of_batch)))
       if metrics["event"] != NO_EVENT:
         self.journal.event("schedule", step, what=EVENT_NAMES[metrics["event"]])
       self.streak = self.streak + 1 if metrics["nonfinite"] else 0
@@ -301,10 +360,12 @@ class _Trainer:
 
   def _validate(self) -> None:
     """Validates, unless validation is off or this step was validated before it was saved and restored."""
-    if self.val is None or self.journal.validation(self.step):
+    if self.val is None or distributed.leaders(self.journal.validation(self.step) is not None):
       return
     plan, began, unigram = self.plan, time.perf_counter(), None
-    score = validate.score(self.state.params, self.val, plan.tokenizer, self.cfg, self.state.annealed)
+    score = validate.score(
+      self.state.params, self.val, plan.tokenizer, self.cfg, self.state.annealed, plan.placement.spread
+    )
     seconds = time.perf_counter() - began
     if self.journal.summary["results"]["unigram_bpb"] is None:
       counts = validate.unigram_counts(plan.corpus, plan.tokenizer, self.settings.seed)
@@ -312,11 +373,12 @@ class _Trainer:
     self.journal.log_validation(self.step, score, seconds, unigram)
 
   def _sample(self) -> None:
-    if self.settings.sample_every == -1 or self.journal.events("sample", self.step):
+    if self.settings.sample_every == -1 or distributed.leaders(bool(self.journal.events("sample", self.step))):
       return
     key = jax.random.fold_in(fold_in_name(jax.random.key(self.settings.seed), "sample"), self.step)
     prompts = self.settings.sample_prompt
-    samples = draw_samples(self.state.params, prompts, self.plan.tokenizer, self._live_cfg(), key)
+    params = self.plan.placement.whole(self.state.params)
+    samples = draw_samples(params, prompts, self.plan.tokenizer, self._live_cfg(), key)
     self.journal.log_samples(self.step, samples)
 
   def _live_cfg(self) -> GPTConfig:
@@ -324,11 +386,12 @@ class _Trainer:
     return annealing.frozen(self.cfg, jax.device_get(self.state.annealed)) if self.state.annealed else self.cfg
 
   def _save(self) -> None:
-    record = self.journal.validation(self.step)
+    record = distributed.leaders(self.journal.validation(self.step))
     metrics = {"val_bpb": float(record["val_bpb"])} if record else None
     meta = describe(self.plan, self.directory.run_id, self.start.lineage)
     meta["live_attention"] = self._live_cfg().attention
-    self.checkpoints.save(self.step, self.state, self.batches.get_state(), meta, metrics)
+    data_state = [state for states in distributed.gather_json(self.batches.get_state()) for state in states]
+    self.checkpoints.save(self.step, self.state, data_state, meta, metrics)
     self._note_failed_checkpoints()
     self.journal.event("checkpoint", self.step)
 

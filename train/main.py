@@ -5,6 +5,7 @@ Writes `<workdir>/<run_id>/`; the same command with the same --run_id goes on wh
 """
 
 import contextlib
+from pathlib import Path
 
 import jax
 from absl import flags
@@ -19,19 +20,21 @@ train_flags.define(FLAGS)
 
 def main(argv: list[str]) -> int:
   del argv
-  from train import loop  # slow to import, and not needed to explain a wrong flag
+  from train import distributed, loop  # slow to import, and not needed to explain a wrong flag
 
-  cache_compiled_programs()
-  return loop.run(train_flags.from_flags(FLAGS)).exit_code
+  settings = train_flags.from_flags(FLAGS)
+  distributed.start(settings.coordinator, settings.num_processes, settings.process_id)
+  cache_compiled_programs(settings.compile_cache)
+  return loop.run(settings).exit_code
 
 
-def cache_compiled_programs() -> None:
-  """Keeps compiled programs in the cache directory, so that a resumed or repeated run starts sooner.
+def cache_compiled_programs(where: str = "auto") -> None:
+  """Keeps compiled programs, so that a resumed or repeated run starts sooner.
 
-  Does nothing where JAX's own settings already name a cache, or where no directory can be made for it.
+  `auto` does nothing where JAX's own settings already name a cache, or where no directory can be made for it.
   """
-  directory = cache_dir() / "compiled"
-  if jax.config.jax_compilation_cache_dir is None:
+  directory = cache_dir() / "compiled" if where == "auto" else Path(where).expanduser().absolute()
+  if where != "none" and (where != "auto" or jax.config.jax_compilation_cache_dir is None):
     with contextlib.suppress(OSError):
       directory.mkdir(parents=True, exist_ok=True)
       jax.config.update("jax_compilation_cache_dir", str(directory))

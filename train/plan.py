@@ -1,12 +1,14 @@
 """Settings, model, data and tokenizer of a run, checked together before anything is compiled or written."""
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-from mgr_jax import optim, schedules
+from mgr_jax import conformance, optim, schedules
 from mgr_jax.attention import model_problems
 from mgr_jax.config import GPTConfig
 from mgr_jax.data import stream
@@ -14,12 +16,14 @@ from mgr_jax.data import tokenizer as tokenizer_lib
 from mgr_jax.data.builtin import builtin_corpus, cache_dir
 from mgr_jax.data.corpus import Corpus, load_corpus
 from mgr_jax.data.tokenizer import Tokenizer
+from mgr_jax.flops import peak_flops
 from mgr_jax.model import annealing, gpt
 from mgr_jax.model.cellular_init import cellular_problems, cellular_specs
 from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
-from mgr_jax.step import gradient_flops, init_key, make_train_step, optimizer_flops
+from mgr_jax.step import gradient_flops, init_key, make_train_step, model_flops, optimizer_flops
 from train.flags import Settings, arguments_of, setting_problems
+from train.parallel import Placement, make_placement
 from train.samples import prompt_problems
 
 
@@ -32,7 +36,18 @@ class Plan:
   corpus: Corpus
   tokenizer: Tokenizer
   steps: int
+  placement: Placement
   warnings: tuple[Problem, ...]
+
+  @property
+  def data_shards(self) -> int:
+    """Streams of data that all processes read together."""
+    return self.settings.data_shards or jax.process_count()
+
+  @property
+  def inputs(self) -> tuple[str, ...]:
+    """What a step reads of a batch."""
+    return ("tokens", "targets", "segment_ids") if self.cfg.doc_mask else ("tokens", "targets")
 
   @property
   def tokens_per_step(self) -> int:
@@ -50,6 +65,12 @@ class Plan:
     known = optim.optimizer_settings(s.optimizer)
     return optimizer_flops(s.optimizer, self.cfg, s.batch_size, **arguments_of(s, "optimizer", known))
 
+  def utilisation(self, step_seconds: float) -> float | None:
+    """Model FLOPs of a step over what the devices could do in that time; None where their peak is not known."""
+    peak = peak_flops(jax.devices()[0].device_kind, self.cfg.compute_dtype)
+    flops = model_flops(self.cfg) * self.tokens_per_step
+    return flops / (step_seconds * self.placement.n_devices * peak) if peak else None
+
   @property
   def parameters(self) -> dict[str, int]:
     """Number of parameters by role."""
@@ -59,10 +80,13 @@ class Plan:
     return counts
 
 
-def make_optimizer(settings: Settings, specs, cfg: GPTConfig):
+def make_optimizer(settings: Settings, specs, cfg: GPTConfig, placement: Placement | None = None):
   """The optimizer of the settings for the parameters that `specs` describes. Raises `UserError`."""
   known = optim.optimizer_settings(settings.optimizer)
-  return optim.make_optimizer(settings.optimizer, specs, cfg, **arguments_of(settings, "optimizer", known))
+  owners = None if placement is None else placement.owners
+  return optim.make_optimizer(
+    settings.optimizer, specs, cfg, owners=owners, **arguments_of(settings, "optimizer", known)
+  )
 
 
 def make_schedule(settings: Settings, steps: int) -> schedules.Schedule:
@@ -71,8 +95,16 @@ def make_schedule(settings: Settings, steps: int) -> schedules.Schedule:
   return schedules.make_schedule(settings.schedule, steps, **arguments_of(settings, "schedule", known))
 
 
-def make_step(settings: Settings, cfg: GPTConfig, optimizer, schedule, steps: int, grad_accum: int = 0):
-  """The train step of the settings; `grad_accum` replaces theirs."""
+def make_step(
+  settings: Settings,
+  cfg: GPTConfig,
+  optimizer,
+  schedule,
+  steps: int,
+  grad_accum: int = 0,
+  placement: Placement | None = None,
+):
+  """The train step of the settings, not compiled; `grad_accum` replaces theirs."""
   known = optim.optimizer_settings(settings.optimizer)
   products = optim.curvature(settings.optimizer, **arguments_of(settings, "optimizer", known))
   return make_train_step(
@@ -85,7 +117,45 @@ def make_step(settings: Settings, cfg: GPTConfig, optimizer, schedule, steps: in
     on_nonfinite=settings.on_nonfinite,
     products=products,
     stats=settings.optimizer_stats,
+    axis_name=None if placement is None else placement.axis_name,
   )
+
+
+def placement_of(settings: Settings) -> Placement:
+  """Where the steps of the settings run. Raises `UserError`."""
+  known = optim.optimizer_settings(settings.optimizer)
+  products = optim.curvature(settings.optimizer, **arguments_of(settings, "optimizer", known))
+  fraction = products.fraction if products else None
+  return make_placement(settings.parallel, settings.mesh, settings.batch_size, settings.grad_accum, fraction)
+
+
+def _shard_problems(settings: Settings) -> list[Problem]:
+  shards, processes = settings.data_shards or jax.process_count(), jax.process_count()
+  if shards % processes:
+    fix = f"use --data_shards={-(-shards // processes) * processes}, or start {math.gcd(shards, processes)} processes"
+    return [Problem(f"--data_shards={shards} cannot be shared by {processes} processes", fix)]
+  if settings.batch_size % shards:
+    fix = f"use --batch_size={-(-settings.batch_size // shards) * shards}"
+    return [
+      Problem(f"--batch_size={settings.batch_size} cannot be taken in equal parts from {shards} data shards", fix)
+    ]
+  return []
+
+
+def _trace_problems(cfg: GPTConfig, settings: Settings) -> list[Problem]:
+  """What only a trace shows: whether the mechanisms can serve these devices, and the toy model of the claims."""
+  row = jnp.zeros((1, cfg.seq_len), jnp.int32)
+  batch = dict.fromkeys(("tokens", "targets", *(("segment_ids",) if cfg.doc_mask else ())), row)
+  traces = [lambda: jax.eval_shape(lambda: gpt.loss(gpt.init(jax.random.key(0), cfg), batch, cfg)[0])]
+  if settings.certify != "off":
+    traces.append(lambda: gpt.specs(conformance.tiny(cfg)))
+  found = []
+  for trace in traces:
+    try:
+      trace()
+    except UserError as e:
+      found += e.problems
+  return found
 
 
 def initial_specs(settings: Settings, cfg: GPTConfig):
@@ -126,7 +196,13 @@ def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None
       make()
     except UserError as e:
       problems += e.problems
-  corpus, tok = None, None
+  corpus, tok, placement = None, None, None
+  if not problems:
+    try:
+      placement = placement_of(settings)
+      problems += _shard_problems(settings)
+    except UserError as e:
+      problems += e.problems
   try:
     # Building the builtin corpus takes seconds: not for a run that cannot start.
     if settings.data != "builtin" or not problems:
@@ -147,8 +223,9 @@ def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None
     problems += prompt_problems(settings.sample_prompt, tok, settings.seq_len)
   raise_if_any(dict.fromkeys(problems))
   cfg = GPTConfig(vocab_size=tok.vocab_size, **model)
+  raise_if_any(_trace_problems(cfg, settings))
   repeated = stream.repetition(corpus, tok, steps * settings.batch_size * settings.seq_len)
-  return Plan(settings, cfg, corpus, tok, steps, corpus.warnings + ((repeated,) if repeated else ()))
+  return Plan(settings, cfg, corpus, tok, steps, placement, corpus.warnings + ((repeated,) if repeated else ()))
 
 
 def model_fields(s: Settings) -> dict:

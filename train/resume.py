@@ -64,4 +64,5 @@ def describe(plan: Plan, run_id: str, lineage: tuple[str, ...] = ()) -> dict[str
     data_sha256=plan.corpus.sha256,
     run_id=run_id,
     lineage=lineage,
+    data_shards=plan.data_shards,
   )

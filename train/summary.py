@@ -96,6 +96,7 @@ def new_summary(plan: Plan, directory: RunDirectory, start: Start) -> Summary:
       "step_ms": None,
       "compile_s": None,
       "data_wait_frac": None,
+      "mfu": None,
       "peak_bytes": None,
       "skipped_steps": 0,
       "schedule_events": [],
@@ -173,6 +174,8 @@ def final_table(summary: Summary) -> str:
     rows.append(("unigram baseline", _number(results["unigram_bpb"])))
   if results["tokens_per_s"]:
     rows.append(("speed", f"{compact(results['tokens_per_s'])} tok/s, {results['step_ms']['p50']:.0f} ms per step"))
+    if results["mfu"]:
+      rows.append(("model FLOPs utilisation", f"{100 * results['mfu']:.1f}%"))
     rows.append(("waiting for data", f"{100 * results['data_wait_frac']:.1f}%"))
   if results["skipped_steps"]:
     rows.append(("skipped updates", str(results["skipped_steps"])))

@@ -18,6 +18,7 @@ from mgr_jax.data.order import EpochOrder
 from mgr_jax.data.stream import ValidationBatches
 from mgr_jax.data.tokenizer import Tokenizer
 from mgr_jax.model import gpt
+from train import distributed
 
 BASELINE_TOKENS = 2**19
 
@@ -49,19 +50,23 @@ def _nats(params, batch, scored_BT, cfg: GPTConfig, annealed):
   return jnp.sum(gpt.nll(params, batch, cfg, annealed) * scored_BT)
 
 
-def score(params, batches: ValidationBatches, tokenizer: Tokenizer, cfg: GPTConfig, annealed=None) -> Score:
+def score(
+  params, batches: ValidationBatches, tokenizer: Tokenizer, cfg: GPTConfig, annealed=None, spread=lambda batch: batch
+) -> Score:
   """Scores `params`, with the live values of annealed options, on all of `batches`.
 
   The same windows in the same order every time, and sums over batches in float64: the result is the same on repeated
-  calls, and within about 1e-6 for another batch size. Costs one forward pass over the batches and one host sync.
+  calls, and within about 1e-6 for another batch size. `spread` puts the rows of this process on its devices, see
+  `train.parallel`. Costs one forward pass over the batches and one host sync.
   """
   nats, tokens, bytes_ = [], 0, 0
   for batch in batches:
     scored = scored_targets(batch, tokenizer.token_bytes)
     tokens += int(scored.sum())
     bytes_ += int((tokenizer.token_bytes[batch["targets"]] * scored).sum())
-    inputs = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
-    nats.append(_nats(params, inputs, scored, cfg, annealed or {}))
+    inputs = spread({**{name: batch[name] for name in ("tokens", "targets", "segment_ids")}, "scored": scored})
+    nats.append(_nats(params, inputs, inputs.pop("scored"), cfg, annealed or {}))
+  tokens, bytes_ = distributed.total(np.array([tokens, bytes_], np.float64)).astype(int).tolist()
   return Score(float(np.sum(jax.device_get(nats), dtype=np.float64)), tokens, bytes_)
 
 
@@ -88,4 +93,5 @@ def unigram_score(counts_V: np.ndarray, batches: ValidationBatches, tokenizer: T
   for batch in batches:
     scored = scored_targets(batch, tokenizer.token_bytes)
     targets_V += np.bincount(batch["targets"].reshape(-1), weights=scored.reshape(-1), minlength=len(counts_V))
+  targets_V = distributed.total(targets_V)
   return Score(float(targets_V @ nats_V), int(targets_V.sum()), int(targets_V @ tokenizer.token_bytes))

@@ -117,7 +117,7 @@ def _forward(score, hard, q, k, v, segment_ids):
       out = jnp.einsum("bkrts,bksd->bkrtd", gate.astype(values.dtype), values, preferred_element_type=wide(v.dtype))
       return None, (out, jnp.sum(gate, -1))
 
-    _, (out, mass) = jax.lax.scan(tile, None, (tile_numbers(span), _split(q, span)))
+    _, (out, mass) = jax.lax.scan(tile, None, (tile_numbers(span, v), _split(q, span)))
     outs.append(join_tiles(out, 3))
     masses.append(join_tiles(mass, 3))
   return jnp.concatenate(outs, 3)[:, :, :, :T], jnp.concatenate(masses, 3)[..., :T]
@@ -152,7 +152,7 @@ def _bwd_rule(score, hard, saved, cotangents):
       return jax.tree.map(jnp.add, carry, (dk_tile, dv_tile)), dq
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), (keys, values))
-    tiles = (tile_numbers(span), _split(q, span), *_split((d_out, d_mass), span))
+    tiles = (tile_numbers(span, v), _split(q, span), *_split((d_out, d_mass), span))
     (dk_seen, dv_seen), dq = jax.lax.scan(tile, zeros, tiles)
     dk = jax.tree.map(lambda a, d, span=span: a.at[:, :, :, : span.stop].add(d), dk, dk_seen)
     dv = dv.at[:, :, : span.stop].add(dv_seen)

@@ -109,7 +109,7 @@ def forward_tiles(pairs: Pairs, v, segment_ids, prefix: bool):
       return None, (mix(weight, values), jnp.sum(weight, -1))
 
     queries = [split_tiles(q, span, 3) for q in pairs.q]
-    _, (out, mass) = jax.lax.scan(tile, None, (tile_numbers(span), queries))
+    _, (out, mass) = jax.lax.scan(tile, None, (tile_numbers(span, v), queries))
     outs.append(join_tiles(out, 3))
     masses.append(join_tiles(mass, 3))
   return jnp.concatenate(outs, 3)[:, :, :, :T], jnp.concatenate(masses, 3)[..., :T]
@@ -177,7 +177,7 @@ def gradient_tiles(pairs: Pairs, v, segment_ids, prefix: bool, d_out_BKRTE):
 
     # Spans are chained by their sums: run side by side they would all hold tiles at once.
     start = ([x[..., seen] for x in dk], dv[..., seen], d_beta)
-    xs = (tile_numbers(span), [split_tiles(q, span, 3) for q in pairs.q], split_tiles(d_out, span, 3))
+    xs = (tile_numbers(span, v), [split_tiles(q, span, 3) for q in pairs.q], split_tiles(d_out, span, 3))
     (dk_seen, dv_seen, d_beta), dq = jax.lax.scan(tile, start, xs)
     dk = [total.at[..., seen].set(new) for total, new in zip(dk, dk_seen, strict=True)]
     dv = dv.at[..., seen].set(dv_seen)

@@ -114,7 +114,7 @@ def sweep(q, k, segment_ids, state, advance: Callable):
       state, rows = advance(weight / mass, span.q_start + i * TILE, state)
       return state, (rows, (top + jnp.log(mass))[..., 0])
 
-    state, (rows, lse) = jax.lax.scan(tile, state, (tile_numbers(span), split_tiles(q, span, 3)))
+    state, (rows, lse) = jax.lax.scan(tile, state, (tile_numbers(span, q), split_tiles(q, span, 3)))
     rows_of_span.append(jax.tree.map(lambda x: join_tiles(x, x.ndim - 3), rows))
     lses.append(join_tiles(lse, 3))
   rows = jax.tree.map(lambda *parts: jnp.concatenate(parts, -2)[..., :T, :], *rows_of_span)
@@ -149,7 +149,7 @@ def sweep_back(q, k, segment_ids, lse, state, retreat: Callable):
       dk = dk.at[:, :, : span.stop].add(product("bkrts,bkrtd->bksd", d_score, q_tile))
       return (dk, state), dq.astype(dtype)
 
-    tiles = (tile_numbers(span), split_tiles(q, span, 3), split_tiles(lse, span, 3))
+    tiles = (tile_numbers(span, q), split_tiles(q, span, 3), split_tiles(lse, span, 3))
     (dk, state), dq = jax.lax.scan(tile, (dk, state), tiles, reverse=True)
     dqs.append(join_tiles(dq, 3))
   dq = jnp.concatenate(dqs[::-1], 3)[:, :, :, :T]

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mgr_jax.attention import standard_cudnn
 from mgr_jax.attention.mechanism import Context, group_heads, qkv_mechanism, rope_tables, rotate, ungroup_heads
 from mgr_jax.attention.tiles import (
   join_tiles,
@@ -24,6 +25,7 @@ from mgr_jax.attention.tiles import (
 )
 from mgr_jax.claims import claim
 from mgr_jax.flops import Cost
+from mgr_jax.problems import raise_if_any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Options:
   Args:
     window: a query sees itself and the `window - 1` tokens before it; 0 sees all.
     qk_norm: RMS-normalise queries and keys, which bounds every score by √D.
-    impl: `tiled` (what `auto` picks) or `reference` (dense scores).
+    impl: `tiled` (what `auto` picks), `cudnn` (a fused kernel for NVIDIA GPUs in bfloat16) or `reference` (dense
+      scores).
   """
 
   window: int = 0
@@ -43,13 +46,22 @@ class Options:
   def __post_init__(self):
     if self.window < 0:
       raise ValueError(f"standard option window={self.window} is negative; use 0 (no window) or a number of tokens")
-    if self.impl not in ("auto", "tiled", "reference"):
-      raise ValueError(f"standard option impl={self.impl} is not one of auto, tiled, reference")
+    if self.impl not in ("auto", "tiled", "cudnn", "reference"):
+      raise ValueError(f"standard option impl={self.impl} is not one of auto, tiled, cudnn, reference")
+
+
+def extra_specs(cfg, opts: Options) -> dict:
+  """No parameters of its own; refuses a configuration that the implementation cannot serve."""
+  raise_if_any(standard_cudnn.problems(cfg) if opts.impl == "cudnn" else ())
+  return {}
 
 
 def mix(q_BTHD, k_BTKD, v_BTKD, params, ctx: Context, cfg, opts: Options):
   """Attention over a whole sequence: 2·T²·H·D FLOPs causal; memory O(T) tiled, O(T²) in the reference."""
   del params, cfg
+  if opts.impl == "cudnn":
+    out, lse = standard_cudnn.attention(q_BTHD, k_BTKD, v_BTKD, ctx.segment_ids_BT, opts.window, ctx.probe)
+    return out, {"logsumexp": jnp.mean(lse, dtype=jnp.float32)} if ctx.probe else {}
   q = group_heads(q_BTHD, k_BTKD.shape[2])
   k, v = k_BTKD.swapaxes(1, 2), v_BTKD.swapaxes(1, 2)
   if opts.impl == "reference":
@@ -105,7 +117,7 @@ def _tiled_forward(q, k, v, segment_ids, window, bounded):
       out = jnp.einsum("bkrts,bksd->bkrtd", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
       return None, ((out / mass).astype(values.dtype), (top + jnp.log(mass))[..., 0])
 
-    _, (out, lse) = jax.lax.scan(tile, None, (tile_numbers(span), split_tiles(q, span, 3)))
+    _, (out, lse) = jax.lax.scan(tile, None, (tile_numbers(span, q), split_tiles(q, span, 3)))
     outs.append(join_tiles(out, 3))
     lses.append(join_tiles(lse, 3))
   return jnp.concatenate(outs, 3)[:, :, :, :T], jnp.concatenate(lses, 3)[..., :T]
@@ -146,7 +158,7 @@ def _tiled_bwd_rule(window, bounded, saved, cotangents):
 
     tiles = [split_tiles(x, span, 3) for x in (q, d_out, delta, lse)]
     zeros = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
-    (dk_seen, dv_seen), dq = jax.lax.scan(tile, zeros, (tile_numbers(span), *tiles))
+    (dk_seen, dv_seen), dq = jax.lax.scan(tile, zeros, (tile_numbers(span, q), *tiles))
     dk, dv = dk.at[:, :, seen].add(dk_seen), dv.at[:, :, seen].add(dv_seen)
     dqs.append(join_tiles(dq, 3))
   dq = jnp.concatenate(dqs, 3)[:, :, :, :T]
@@ -164,7 +176,7 @@ def _pad(q, k, v, segment_ids):
 
 
 def mix_cached(q_BtHD, k_BSKD, v_BSKD, params, ctx: Context, cfg, opts: Options):
-  """Decode: each new query against the cache; O(S) time per token. `reference` and `tiled` share it."""
+  """Decode: each new query against the cache; O(S) time per token. All implementations share it."""
   del params, cfg
   q = group_heads(q_BtHD, k_BSKD.shape[2])
   k, v = k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2)
@@ -233,6 +245,7 @@ MECHANISM = qkv_mechanism(
   mix=mix,
   mix_cached=mix_cached,
   mix_cost=mix_cost,
+  extra_specs=extra_specs,
   qk_norm=lambda opts: opts.qk_norm,
   claims=CLAIMS,
   refs=("Vaswani et al., 2017, arXiv 1706.03762", "Dao et al., 2022, arXiv 2205.14135 (tiling; not its GPU kernel)"),

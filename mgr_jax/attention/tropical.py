@@ -17,6 +17,7 @@ from mgr_jax.attention import (
   tropical_beta_claims,
   tropical_claims,
   tropical_margin_claims,
+  tropical_pallas,
   tropical_scan,
   tropical_streaming,
 )
@@ -67,8 +68,9 @@ def _beta(ctx, opts):
 
 
 def _plan(opts: Options, T: int) -> Plan:
-  # On CPU one token at a time is fastest; accelerators want many chunks that advance together.
-  chunk = opts.chunk or (T if jax.default_backend() == "cpu" else 64)
+  # On CPU one token at a time is fastest; accelerators want many chunks that advance together, and kernels have them.
+  serial = jax.default_backend() == "cpu" and opts.impl != "pallas"
+  chunk = opts.chunk or (T if serial else 64)
   # A chunk longer than the rebasing period would not give the same bits, unless it is the only one.
   return Plan(chunk if chunk >= T else min(chunk, opts.rebase), opts.rebase, opts.deterministic)
 
@@ -89,6 +91,8 @@ def _mixed(heads: Heads, beta, ctx, cfg, opts: Options):
   clock = clock_of(ctx, B)
   if impl == "scan":
     return batch_first(maxplus_attention(*time_first(heads), clock, _plan(opts, T)))
+  if impl == "pallas":
+    return batch_first(tropical_pallas.maxplus_attention(*time_first(heads), clock, _plan(opts, T)))
   if impl == "streaming":
     return batch_first(tropical_streaming.streaming_attention(*time_first(heads), beta, clock, opts.rebase))
   q, k, v = group_heads(heads.q, cfg.n_kv_head), heads.k.swapaxes(1, 2), heads.v.swapaxes(1, 2)
@@ -160,7 +164,7 @@ def cost(cfg, opts: Options, T: int) -> Cost:
     products = H * (c * (D + E) + D * E) + K * D * E
     exponentials = (H + K) * 2 * D + H * c + K * E
     return common + Cost(matmul=2.0 * products, vector=6.0 * H * c, exp=float(exponentials), bytes=state)
-  if impl in ("scan", "streaming"):
+  if impl in ("scan", "pallas", "streaming"):
     pairs = (H + K) * D * E
     return common + Cost(vector=2.0 * pairs, exp=float(pairs) if impl == "streaming" else 0.0, bytes=state)
   keys = T if impl == "reference" else T * (1 + 1 / MAX_SPANS) / 2

@@ -12,7 +12,7 @@ CHOICES = {
   "out_norm": ("rms", "center_max", "none"),
   "final": ("hold", "snap"),
   "agg": ("maxplus", "route"),
-  "impl": ("auto", "scan", "tiled", "matrix", "streaming", "reference"),
+  "impl": ("auto", "scan", "tiled", "pallas", "matrix", "streaming", "reference"),
 }
 
 TAU = 4.0
@@ -39,12 +39,13 @@ class Options:
     beta: `none` takes maxima; a number smooths them, max -> log Σ exp(β·)/β; a schedule such as exp:1:64 anneals.
     final: what a finite beta does in the last 5% of training: `hold` its value, or `snap` to maxima.
     agg: `maxplus` adds score and value, `route` copies the value of the key with the largest score.
-    impl: `scan` (hard, linear time), `tiled` (hard, any score), `matrix` (finite beta on the matrix unit), `streaming`
-      (finite beta, any range), `reference` (dense), or `auto`.
-    chunk: tokens per chunk of `scan` and `matrix`; 0 picks. Divides rebase.
+    impl: `scan` (hard, linear time), `pallas` (its kernels for GPU and TPU, never picked by `auto`), `tiled` (hard, any
+      score), `matrix` (finite beta on the matrix unit), `streaming` (finite beta, any range), `reference` (dense), or
+      `auto`.
+    chunk: tokens per chunk of `scan`, `pallas` and `matrix`; 0 picks. Divides rebase.
     rebase: the decay's local index runs over this many tokens.
     margins: emit the share of outputs whose winner is certified (`coverage`) on every call, from two rows.
-    deterministic: the gradient of `scan` adds up in a fixed order on every backend.
+    deterministic: the gradient of `scan` and `pallas` adds up in a fixed order on every backend.
   """
 
   score: str = "maxplus"
@@ -100,8 +101,10 @@ class Options:
   def _check_impl(self):
     """A named implementation that cannot serve raises instead of falling back."""
     hard = self.beta == "none"
+    linear = hard and self.factors, "score=maxplus, score_groups=1, agg=maxplus, beta=none"
     serves = {
-      "scan": (hard and self.factors, "score=maxplus, score_groups=1, agg=maxplus, beta=none"),
+      "scan": linear,
+      "pallas": linear,
       "tiled": (hard, "beta=none"),
       "matrix": (not hard and self.qk_norm == "rms", "a finite beta and qk_norm=rms"),
       "streaming": (not hard, "a finite beta"),
@@ -115,8 +118,8 @@ class Options:
     shift_free = self.score == "hilbert" or (self.score == "maxplus" and (self.center_score or self.agg == "route"))
     stateful = self.factors and self.decay != "none"
     # `reference` stands in for any implementation, with the options of that one.
-    chunked = self.factors and self.impl in ("auto", "scan", "matrix", "reference")
-    scanned = self.factors and self.beta == "none" and self.impl in ("auto", "scan", "reference")
+    chunked = self.factors and self.impl in ("auto", "scan", "pallas", "matrix", "reference")
+    scanned = self.factors and self.beta == "none" and self.impl in ("auto", "scan", "pallas", "reference")
     effective = {
       "score_groups": (self.score == "maxplus", "score=maxplus"),
       "center_score": (self.agg == "maxplus", "agg=maxplus"),
@@ -126,10 +129,10 @@ class Options:
       ),
       "center_k": (self.score != "hilbert", "score=maxplus or dot"),
       "final": (self.beta != "none", "a finite or scheduled beta"),
-      "chunk": (chunked, "impl=scan, matrix or auto with a score that factors"),
+      "chunk": (chunked, "impl=scan, pallas, matrix or auto with a score that factors"),
       "rebase": (stateful, "score=maxplus, score_groups=1, agg=maxplus and a decay"),
       "margins": (self.factors, "score=maxplus, score_groups=1, agg=maxplus"),
-      "deterministic": (scanned, "impl=scan"),
+      "deterministic": (scanned, "impl=scan or pallas"),
     }
     defaults = {f.name: f.default for f in dataclasses.fields(self)}
     for name, (has_effect, where) in effective.items():

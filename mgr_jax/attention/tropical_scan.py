@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mgr_jax.algebra.tropical_matmul import scatter_add
+from mgr_jax.attention.tiles import tied
 
 
 class Clock(NamedTuple):
@@ -97,7 +99,7 @@ def run(q, k, v, loss, U, chunk: int, track: bool):
   chunk = min(chunk, T)
   N = -(-T // chunk)
   I = jnp.zeros(U.shape, jnp.int32) if track else None
-  token = jnp.arange(N * chunk, dtype=jnp.int32)
+  token = tied(np.arange(N * chunk, dtype=np.int32), k)  # Owners of all entries for all tokens are T·D·E numbers.
   xs = (_cut(q, N, chunk), token.reshape(N, chunk).T[:, :, None, None, None, None])
   xs += (_cut(k, N, chunk, -jnp.inf), _cut(v, N, chunk), _cut(loss, N, chunk))
   U, I = (None if a is None else a[None] for a in (U, I))
@@ -123,17 +125,27 @@ def _starts(xs, U, I, track):
   """The state before each chunk, [N, ...]."""
   empty = lambda a, value: None if a is None else jnp.full((xs[1].shape[1], *a.shape[1:]), value, a.dtype)
   insert = lambda state, xs: (_insert(state, xs, track), None)
-  (local_U, local_I), _ = jax.lax.scan(insert, (empty(U, -jnp.inf), empty(I, 0)), xs)
+  local, _ = jax.lax.scan(insert, (empty(U, -jnp.inf), empty(I, 0)), xs)
+  return hand_on(local, jnp.sum(xs[3], 0), (U[0], I[0] if track else None))
 
-  def hand_on(state, xs):
+
+def hand_on(local, loss, first):
+  """The state (U, I) before each of N chunks, [N, ...], from what each chunk makes of an empty state.
+
+  Args:
+    local: (U, I) after each chunk, [N, ...]; I may be `None`.
+    loss: what a state loses over each chunk, broadcasting against U.
+    first: (U, I) before the first chunk.
+  """
+
+  def chunk(state, xs):
     U, I = state
     local_U, local_I, loss = xs
     U = U - loss
     new = local_U > U
-    return (jnp.where(new, local_U, U), jnp.where(new, local_I, I) if track else None), state
+    return (jnp.where(new, local_U, U), None if I is None else jnp.where(new, local_I, I)), state
 
-  first = (U[0], I[0] if track else None)
-  return jax.lax.scan(hand_on, first, (local_U, local_I, jnp.sum(xs[3], 0)))[1]
+  return jax.lax.scan(chunk, first, (*local, loss))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -164,19 +176,22 @@ def _fwd_rule(q, k, v, decay_K, clock, plan):
 
 
 def _bwd_rule(plan, saved, g):
-  """dq[t, r*] += g, dk[s*, r*] += g, dv[s*, d] += g, dλ -= (t - s*)·g."""
   winner, position, like = saved
+  return (*pull_back(winner, position, like.shape[-1], g, plan.deterministic), None)
+
+
+def pull_back(winner, position, D: int, g, deterministic: bool):
+  """dq[t, r*] += g, dk[s*, r*] += g, dv[s*, d] += g, dλ -= (t - s*)·g; `winner` is s*·D + r*, like g."""
   T, B, K, R, E = g.shape
-  D = like.shape[-1]
   s, r = winner // D, winner % D
-  add = functools.partial(scatter_add, values=g, deterministic=plan.deterministic)
+  add = functools.partial(scatter_add, values=g, deterministic=deterministic)
   query = jnp.arange(T * B * K * R, dtype=jnp.int32).reshape(T, B, K, R, 1)
   head = jnp.arange(B * K, dtype=jnp.int32).reshape(B, K, 1, 1)
   key = s * (B * K) + head
   dq = add(T * B * K * R * D, query * D + r).reshape(T, B, K, R, D)
   dk = add(T * B * K * D, key * D + r).reshape(T, B, K, D)
   dv = add(T * B * K * E, key * E + jnp.arange(E, dtype=jnp.int32)).reshape(T, B, K, E)
-  return dq, dk, dv, decay_gradient(dq, dk, position), None
+  return dq, dk, dv, decay_gradient(dq, dk, position)
 
 
 def decay_gradient(dq, dk, position):

@@ -77,7 +77,7 @@ def tiled_attention(q, k, v, decay_K, position_BT, segment_ids_BT, opts: Options
       mask = tile_mask(span, i, segment_ids_BT)
       return None, tile_output(q_tile, keys, values, decay_K, q_position, k_position, mask, opts)
 
-    xs = tile_numbers(span), split_tiles(q, span, 3), split_tiles(position, span, 1)
+    xs = tile_numbers(span, q), split_tiles(q, span, 3), split_tiles(position, span, 1)
     outs.append(join_tiles(jax.lax.scan(jax.checkpoint(tile, prevent_cse=False), None, xs)[1], 3))
   return jnp.concatenate(outs, 3)[:, :, :, :T]
 

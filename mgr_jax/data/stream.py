@@ -154,8 +154,8 @@ _DIFFERS = {
   "seq_len": ("--seq_len", "use the --seq_len of the checkpoint, or start the data again with --resume_strict=false"),
   "seed": ("--seed", "use the seed of the checkpoint, or start another order with --resume_strict=false"),
   "process_count": (
-    "the number of processes",
-    "start as many processes as before, or skip to the next unit of documents with --resume_strict=false",
+    "the number of data shards",
+    "keep it with --data_shards, or skip to the next unit of documents with --resume_strict=false",
   ),
 }
 

@@ -125,9 +125,28 @@ def _plain(run: Run, params, x_BTC, ctx: Context, cfg):
     aux = {name if name == "aux_loss" else f"{run.mechanism.name}/{name}": value for name, value in aux.items()}
     return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), aux
 
-  if cfg.remat == "full":
-    block = jax.checkpoint(block, prevent_cse=False)
-  return jax.lax.scan(block, x_BTC, params, unroll=min(UNROLL, run.n_layer))
+  return _scan_blocks(block, x_BTC, params, run.n_layer, cfg.remat)
+
+
+def _scan_blocks(block, x_BTC, params, n_layer: int, remat: str):
+  """`lax.scan` over layers that keeps for the backward pass what `GPTConfig.remat` says."""
+  scan = lambda x, p: jax.lax.scan(block, x, p, unroll=min(UNROLL, jax.tree.leaves(p)[0].shape[0]))
+  if remat == "none":
+    return scan(x_BTC, params)
+  if remat in ("full", "dots"):
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    block = jax.checkpoint(block, prevent_cse=False, policy=policy)
+    return scan(x_BTC, params)
+  k = int(remat.removeprefix("every_"))
+  group = jax.checkpoint(scan, prevent_cse=False)
+  n_group = n_layer // k
+  grouped = jax.tree.map(lambda a: a[: n_group * k].reshape(n_group, k, *a.shape[1:]), params)
+  x_BTC, aux = jax.lax.scan(group, x_BTC, grouped)
+  aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
+  if n_layer % k:
+    x_BTC, rest = group(x_BTC, jax.tree.map(lambda a: a[n_group * k :], params))
+    aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), aux, rest)
+  return x_BTC, aux
 
 
 def init_state(cfg, batch: int, max_len: int) -> tuple[Any, ...]:

@@ -30,7 +30,9 @@ class Curvature(NamedTuple):
   fraction: float
 
 
-def make_optimizer(name: str, specs, cfg, **settings) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+  name: str, specs, cfg, *, owners: jax.sharding.Sharding | None = None, **settings
+) -> optax.GradientTransformationExtraArgs:
   """Builds an optimizer over the whole parameter tree.
 
   `update(grads, state, params, scale=multiplier)` returns the updates to add to the parameters; `scale` is the
@@ -40,6 +42,7 @@ def make_optimizer(name: str, specs, cfg, **settings) -> optax.GradientTransform
     name: one of `OPTIMIZERS`.
     specs: tree of `ParamSpec`, from `gpt.specs(cfg)`; roles decide groups.
     cfg: the model's `GPTConfig`.
+    owners: devices that share whole matrices where an optimizer works on those (Muon); None does all on each.
     settings: keyword arguments of the optimizer, see `optimizer_settings`. `matrix_lr=0` and `weight_decay=-1` stand
       for its own defaults.
 
@@ -57,7 +60,8 @@ def make_optimizer(name: str, specs, cfg, **settings) -> optax.GradientTransform
   )
   chosen = {k: v for k, v in settings.items() if k not in _OWN_DEFAULT or v != _OWN_DEFAULT[k]}
   frozen = jax.tree.map(lambda spec: spec.frozen, specs, is_leaf=is_spec)
-  return freeze(OPTIMIZERS[name](specs, cfg, **chosen), frozen)
+  shared = {"owners": owners} if name == "muon" else {}
+  return freeze(OPTIMIZERS[name](specs, cfg, **chosen, **shared), frozen)
 
 
 def curvature(name: str, **settings) -> Curvature | None:
@@ -92,7 +96,7 @@ def optimizer_settings(name: str) -> dict[str, float]:
     hint = f"{nearest(name, list(OPTIMIZERS))}known optimizers: {', '.join(OPTIMIZERS)}"
     raise UserError(Problem(f"unknown --optimizer={name}", hint))
   parameters = inspect.signature(OPTIMIZERS[name]).parameters.values()
-  return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+  return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "owners"}
 
 
 __all__ = ["OPTIMIZERS", "Curvature", "curvature", "flops", "make_optimizer", "optimizer_settings", "reset_moments"]

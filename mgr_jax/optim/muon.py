@@ -144,6 +144,7 @@ def muon(
   adam_b1: float = 0.9,
   adam_b2: float = 0.95,
   adam_eps: float = 1e-8,
+  owners: jax.sharding.Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Muon on hidden matrices and directions, AdamW on everything else.
 
@@ -164,6 +165,7 @@ def muon(
     muon_ns, muon_ns_steps: orthogonaliser and its iterations, see `newton_schulz.orthogonalise`.
     muon_scale: see `muon_layout.shape_factor`.
     adam_b1, adam_b2, adam_eps: of AdamW.
+    owners: divides the matrices of a shape over devices, see `muon_layout.map_matrices`.
 
   Returns:
     A transformation whose `update` needs `params` and takes the schedule's multiplier as `scale`.
@@ -188,7 +190,9 @@ def muon(
   roles = jax.tree.map(lambda spec: spec.role, specs, is_leaf=is_spec)
   ns_fn = functools.partial(orthogonalise, ns=muon_ns, steps=muon_ns_steps)
   first = {
-    MUON: scale_by_muon(select(specs, labels, MUON), momentum=momentum, ns_fn=ns_fn, shape_scale=muon_scale),
+    MUON: scale_by_muon(
+      select(specs, labels, MUON), momentum=momentum, ns_fn=ns_fn, shape_scale=muon_scale, sharding=owners
+    ),
     ADAMW: optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
   }
   matrix_lrs = {MUON: matrix_lr, ADAMW: ADAMW_MATRIX_LR}

@@ -1,5 +1,7 @@
-"""Comparisons of optimizers and schedules, each with its verdict: programs of `python -m train.bench`.
+"""Comparisons with verdicts: programs of `python -m train.bench`.
 
+python -m train.bench throughput   whole steps at the size of a real run: tok/s, utilisation, memory
+python -m train.bench overhead     what logging, checkpoints and data add to the steps of a run
 python -m train.bench optimizers   steps and seconds to one validation loss on text, learning rates tuned alike
 python -m train.bench step         cost of a training step with each optimizer, measured and counted
 python -m train.bench stiff        quadratics of condition 1e2 to 1e6 at equal cost
@@ -27,6 +29,35 @@ class Race(NamedTuple):
 
 _SEEDS = "Seeds that every arm runs on; at least 2, for an interval."
 RACES = {
+  "throughput": Race(
+    "train.races.throughput",
+    {
+      "attention": ((), "Attention pattern; repeatable. Default: every mechanism, and on a GPU cuDNN's attention."),
+      "seq_len": ((1024, 4096), "Context; repeatable."),
+      "tokens": (32_768, "Tokens per update, at every length."),
+      "optimizer": ("adamw", "Optimizer."),
+      "compute_dtype": ("bfloat16", "Type of activations and matrix products."),
+      "n_layer": (12, "Layers."),
+      "n_head": (6, "Heads."),
+      "n_embd": (768, "Width."),
+      "vocab_size": (50_304, "Vocabulary."),
+      "rounds": (10, "Timed rounds."),
+    },
+  ),
+  "overhead": Race(
+    "train.races.overhead",
+    {
+      "attention": ("standard", "Mechanism of each layer."),
+      "optimizer": ("adamw", "Optimizer."),
+      "n_layer": (4, "Layers."),
+      "n_head": (4, "Heads."),
+      "n_embd": (128, "Width."),
+      "seq_len": (256, "Context."),
+      "batch_size": (8, "Sequences per update."),
+      "steps": (50, "Steps that an arm takes in a row; a checkpoint comes with each such block."),
+      "rounds": (5, "Timed rounds."),
+    },
+  ),
   "optimizers": Race(
     "train.races.language",
     {"seeds": (3, _SEEDS), "steps": (300, "Updates per run."), "arms": ([], "Arms to run; default: all.")},
@@ -55,6 +86,9 @@ def program(name: str) -> tuple[Callable[[list[str]], int], flags.FlagValues]:
   for flag, (default, text) in race.flags.items():
     if isinstance(default, int):
       flags.DEFINE_integer(flag, default, text, lower_bound=2 if flag == "seeds" else 1, flag_values=fv)
+    elif isinstance(default, tuple):
+      define = flags.DEFINE_multi_integer if default else flags.DEFINE_multi_string
+      define(flag, list(default), text, flag_values=fv)
     else:
       define = flags.DEFINE_list if isinstance(default, list) else flags.DEFINE_string
       define(flag, default, text, flag_values=fv)

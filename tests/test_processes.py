@@ -1,0 +1,135 @@
+"""Several real processes on this machine train one model: the same losses as one process, also after `kill -9`."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mgr_jax.problems import UserError
+from tests.kill_resume import ROOT, last_step, write_corpus
+from train import cli, distributed, main
+from train.metrics import read_records
+
+# Four shards of data, so that one, two and four processes see the same batches.
+MODEL = (
+  "--n_layer=1",
+  "--n_head=2",
+  "--n_embd=16",
+  "--seq_len=16",
+  "--batch_size=8",
+  "--tokenizer=bytes",
+  "--data_shards=4",
+)
+OFTEN = ("--log_every=1", "--val_every=5", "--val_tokens=256", "--ckpt_every=4", "--sample_every=-1", "--certify=off")
+STEPS = 24
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+class Launch:
+  """`count` processes of one run; their output goes to `<folder>/<run_id>-<number>.txt`."""
+
+  def __init__(self, folder: Path, run_id: str, count: int, *flags: str):
+    where = (f"--data={folder / 'corpus'}", f"--workdir={folder}", f"--run_id={run_id}", f"--max_steps={STEPS}")
+    common = [sys.executable, "-m", "train.main", *MODEL, *OFTEN, *where, "--progress=none", *flags]
+    environment = os.environ | {"MGR_BASE_DIR": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
+    if count > 1:
+      common += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+    self.logs = [folder / f"{run_id}-{number}.txt" for number in range(count)]
+    self.processes = []
+    for number, log in enumerate(self.logs):
+      own = [f"--process_id={number}"] if count > 1 else []
+      with log.open("a") as file:
+        started = subprocess.Popen([*common, *own], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+      self.processes.append(started)
+
+  def wait(self) -> list[int]:
+    return [p.wait(300) for p in self.processes]
+
+  def text(self) -> str:
+    return "\n".join(log.read_text() for log in self.logs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("processes")
+  write_corpus(folder / "corpus")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+  """What one process does."""
+  launch = Launch(folder, "one", 1)
+  assert launch.wait() == [0], launch.text()
+  return values(folder, "one")
+
+
+def values(folder: Path, run_id: str) -> dict[str, list[float]]:
+  """Losses and validations by step, each exactly once."""
+  records = read_records(folder / run_id / "metrics.jsonl")
+  losses = {r["step"]: r["loss"] for r in records if "loss" in r}
+  assert sorted(losses) == [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+  return {"loss": list(losses.values()), "bpb": [r["val_bpb"] for r in records if "val_bpb" in r]}
+
+
+@pytest.mark.parametrize(("count", "flags"), [(2, ()), (4, ("--mesh=data=2,fsdp=2",))])
+def test_a_killed_process_and_a_resume_of_all(folder, alone, count, flags):
+  run_id = f"killed-{count}"
+  launch = Launch(folder, run_id, count, *flags)
+  deadline = time.monotonic() + 200
+  while last_step(folder / run_id) < 10 and time.monotonic() < deadline:
+    assert all(p.poll() is None for p in launch.processes), launch.text()
+    time.sleep(0.05)
+  launch.processes[-1].send_signal(signal.SIGKILL)
+  time.sleep(0.5)
+  for process in launch.processes:  # the others would wait for it until the heartbeat fails
+    process.kill()
+  launch.wait()
+  assert last_step(folder / run_id) < STEPS
+  again = Launch(folder, run_id, count, *flags)
+  assert again.wait() == [0] * count, again.text()
+  assert "resumes at step" in again.logs[0].read_text()
+  assert values(folder, run_id)["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+  assert values(folder, run_id)["bpb"] == pytest.approx(alone["bpb"], rel=1e-5)
+  assert not any("step" in log.read_text() for log in again.logs[1:]), "process 0 alone writes"
+
+
+def test_another_number_of_processes(folder, alone):
+  """A signal to one process stops all of them at one step; a single process goes on with the same batches."""
+  launch = Launch(folder, "moved", 2)
+  while last_step(folder / "moved") < 6:
+    assert all(p.poll() is None for p in launch.processes), launch.text()
+    time.sleep(0.05)
+  launch.processes[1].send_signal(signal.SIGTERM)
+  assert launch.wait() == [130, 130], launch.text()
+  again = Launch(folder, "moved", 1)
+  assert again.wait() == [0], again.text()
+  assert values(folder, "moved")["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_another_number_of_data_shards_is_refused_with_a_way_out(folder, alone):
+  launch = Launch(folder, "one", 1, "--data_shards=2", "--max_steps=30")
+  assert launch.wait() == [2]
+  assert "trained from 4 data shards, now there are 2" in launch.text()
+  assert "--data_shards=4" in launch.text()
+
+
+def test_mistakes(monkeypatch, capsys):
+  for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+    monkeypatch.delenv(name, raising=False)
+  assert cli.execute(main.main, ["train.main", "--num_processes=2"], main.FLAGS) == 2
+  assert "--coordinator and --process_id of this process is not given" in capsys.readouterr().err
+  with pytest.raises(UserError, match="number them from 0"):
+    distributed.start("localhost:1", 2, 2)
+  distributed.start("", 0, -1)
+  assert distributed.leads() and distributed.largest(3) == 3 and distributed.gather_json({"a": 1}) == [{"a": 1}]
