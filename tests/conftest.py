@@ -45,6 +45,7 @@ QUICK_CASES = {
   "test_memory_and_loops_do_not_grow_with_pairs": 0,
   "test_memory_grows_linearly_with_the_sequence": 0,
   "test_one_compilation_per_shape": 1,
+  "test_processes_that_do_not_fit_together_all_stop": 1,
   "test_products_are_symmetric_and_the_modes_agree": 1,
   "test_prompts_longer_than_a_piece_beside_short_ones": 2,
   "test_reconstructing_gives_the_gradient_of_autodiff": 2,

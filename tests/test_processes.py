@@ -36,9 +36,9 @@ def free_port() -> int:
 
 
 class Launch:
-  """`count` processes of one run; their output goes to `<folder>/<run_id>-<number>.txt`."""
+  """`count` processes of one run; output goes to `<folder>/<run_id>-<number>.txt`, flags in `last` to the last one."""
 
-  def __init__(self, folder: Path, run_id: str, count: int, *flags: str):
+  def __init__(self, folder: Path, run_id: str, count: int, *flags: str, last: tuple[str, ...] = ()):
     where = (f"--data={folder / 'corpus'}", f"--workdir={folder}", f"--run_id={run_id}", f"--max_steps={STEPS}")
     common = [sys.executable, "-m", "train.main", *MODEL, *OFTEN, *where, "--progress=none", *flags]
     environment = os.environ | {"MGR_BASE_DIR": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
@@ -47,7 +47,7 @@ class Launch:
     self.logs = [folder / f"{run_id}-{number}.txt" for number in range(count)]
     self.processes = []
     for number, log in enumerate(self.logs):
-      own = [f"--process_id={number}"] if count > 1 else []
+      own = [f"--process_id={number}", *(last if number == count - 1 else ())] if count > 1 else []
       with log.open("a") as file:
         started = subprocess.Popen([*common, *own], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
       self.processes.append(started)
@@ -122,6 +122,22 @@ def test_another_number_of_data_shards_is_refused_with_a_way_out(folder, alone):
   assert launch.wait() == [2]
   assert "trained from 4 data shards, now there are 2" in launch.text()
   assert "--data_shards=4" in launch.text()
+
+
+@pytest.mark.parametrize(
+  ("last", "said"),
+  [
+    ("--workdir=elsewhere", "process 1 does not see what process 0 writes to --workdir"),
+    ("--batch_size=16", "process 1: not as in process 0: --batch_size is 16 instead of 8"),
+    ("--data=nowhere", "process 1: there is no directory"),
+  ],
+)
+def test_processes_that_do_not_fit_together_all_stop(folder, last, said):
+  flag, value = last.split("=")
+  launch = Launch(folder, "apart", 2, last=(f"{flag}={folder / value}" if value.isalpha() else last,))
+  assert launch.wait() == [2, 2], launch.text()
+  assert all(said in log.read_text() for log in launch.logs)
+  assert not (folder / "apart").exists() and not list(folder.glob(".seen*"))
 
 
 def test_mistakes(monkeypatch, capsys):

@@ -7,13 +7,15 @@ takes another branch would wait for the others for ever. In a single process not
 
 import json
 import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mgr_jax.problems import Problem, UserError
+from mgr_jax.problems import Problem, UserError, raise_if_any
 
 
 def start(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -88,6 +90,54 @@ def gather_json(value: Any) -> list[Any]:
 def leaders(value: Any) -> Any:
   """The JSON value of process 0."""
   return gather_json(value)[0]
+
+
+def together(make: Callable[[], Any], same: Callable[[Any], Mapping[str, Any]]) -> Any:
+  """`make()`, in all processes or in none: those that wait for one that cannot start would wait for ever.
+
+  Args:
+    make: what this process needs to go on; may raise `UserError`, must not meet the others.
+    same: of what was made, all that every process must have alike, JSON-able, by name.
+
+  Raises:
+    UserError: in every process, with the problems of all of them, or with what differs from process 0.
+  """
+  made, problems = None, ()
+  try:
+    made = make()
+  except UserError as e:
+    problems = e.problems
+  theirs = gather_json([problems, {} if problems else dict(same(made))])
+  where: dict[Problem, list[int]] = {}
+  for number, (found, _) in enumerate(theirs):
+    for problem in found:
+      where.setdefault(Problem(*problem), []).append(number)
+  first = theirs[0][1]
+  for number, (_, other) in enumerate(() if where else theirs):
+    differ = [f"{name} is {other[name]} instead of {first[name]}" for name in first if other[name] != first[name]]
+    if differ:
+      fix = "give all processes the same flags and data, and a --workdir that all of them see"
+      where.setdefault(Problem(f"not as in process 0: {', '.join(differ)}", fix), []).append(number)
+  told = lambda numbers: "" if len(numbers) == len(theirs) else f"process {', '.join(map(str, numbers))}: "
+  raise_if_any(Problem(told(numbers) + problem.error, problem.fix) for problem, numbers in where.items())
+  return made
+
+
+def all_see(directory: Path) -> None:
+  """Raises `UserError` in every process, unless a file that process 0 makes in `directory` is there for all."""
+  if jax.process_count() == 1:
+    return
+  probe = directory / f".seen-by-all-{leaders(os.getpid())}"
+  if leads():
+    directory.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+  meet()
+  blind = [str(number) for number, seen in enumerate(gather_json(probe.exists())) if not seen]
+  if leads():
+    probe.unlink()
+  if blind:
+    what = f"process {', '.join(blind)} does not see what process 0 writes to --workdir={directory}"
+    raise UserError(Problem(what, "use a directory on a file system that all hosts share"))
 
 
 def _gather(data: bytes) -> list[bytes]:

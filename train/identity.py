@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 from collections.abc import Mapping
@@ -81,7 +82,9 @@ def compare_meta(saved: Mapping[str, Any], current: Mapping[str, Any], strict: b
   old, new = saved.get("data_shards", saved["process_count"]), current["data_shards"]
   if old != new:
     error = f"the checkpoint was trained from {old} data shards, now there are {new}"
-    fix = f"use --data_shards={old}, or go on at the next unread data with --resume_strict=false"
+    processes = current["process_count"]
+    start = "use" if old % processes == 0 else f"start {math.gcd(old, processes)} of {processes} processes with"
+    fix = f"{start} --data_shards={old}, or go on at the next unread data with --resume_strict=false"
     found.append(Problem(error, fix))
   return found
 

@@ -1,6 +1,7 @@
 """One training run, from settings to artifacts. A notebook calls `run(Settings(max_steps=50, attention="braid"))`."""
 
 import contextlib
+import dataclasses
 import gc
 import tempfile
 import time
@@ -56,7 +57,7 @@ def run(settings: Settings) -> Result:
   """
   began = time.perf_counter()
   say = print if distributed.leads() else lambda *text, **_: None
-  plan = make_plan(settings, say=say)
+  plan = distributed.together(lambda: make_plan(settings, say=say), _common_settings)
   for warning in plan.warnings:
     say(f"warning: {warning.error}\n    fix: {warning.fix}")
   if settings.dry_run:
@@ -64,6 +65,7 @@ def run(settings: Settings) -> Result:
     return Result("dry_run", 0, None, {})
   run_id = settings.run_id or distributed.leaders(new_run_id(config_hash(settings)))
   directory = RunDirectory(settings.workdir, run_id)
+  distributed.all_see(directory.path.parent)
   checkpoints = Checkpoints(directory.checkpoints, settings.ckpt_keep)
   start = find_start(plan, directory, checkpoints)
   distributed.meet()  # nobody writes before all have seen what is there
@@ -76,6 +78,13 @@ def run(settings: Settings) -> Result:
       return Trainer(plan, directory, checkpoints, start, batches, began).run()
   finally:
     gc.unfreeze()
+
+
+def _common_settings(plan: Plan) -> dict[str, Any]:
+  """What every process of a run must have alike; where files lie is the business of each host."""
+  own = ("process_id", "data", "tokenizer", "workdir", "compile_cache", "data_threads")
+  same = {f"--{name}": value for name, value in dataclasses.asdict(plan.settings).items() if name not in own}
+  return same | {"--data": plan.corpus.sha256, "--tokenizer": plan.tokenizer.sha256}
 
 
 def open_batches(plan: Plan) -> ShardedBatches:

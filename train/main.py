@@ -4,13 +4,14 @@ Without arguments it trains a small model on a corpus made from this Python's ow
 Writes `<workdir>/<run_id>/`; the same command with the same --run_id goes on where an interrupted run stopped.
 """
 
-import contextlib
+import os
 from pathlib import Path
 
 import jax
 from absl import flags
 
 from mgr_jax.data.builtin import cache_dir
+from mgr_jax.problems import Problem, UserError
 from train import cli
 from train import flags as train_flags
 
@@ -29,16 +30,28 @@ def main(argv: list[str]) -> int:
 
 
 def cache_compiled_programs(where: str = "auto") -> None:
-  """Keeps compiled programs, so that a resumed or repeated run starts sooner.
+  """Keeps compiled programs, so that a resumed or repeated run starts sooner; with `none` nothing is kept.
 
   `auto` does nothing where JAX's own settings already name a cache, or where no directory can be made for it.
+
+  Raises:
+    UserError: a directory that was asked for cannot be made or written.
   """
+  jax.config.update("jax_enable_compilation_cache", where != "none")
+  if where == "none" or (where == "auto" and jax.config.jax_compilation_cache_dir is not None):
+    return
   directory = cache_dir() / "compiled" if where == "auto" else Path(where).expanduser().absolute()
-  if where != "none" and (where != "auto" or jax.config.jax_compilation_cache_dir is None):
-    with contextlib.suppress(OSError):
-      directory.mkdir(parents=True, exist_ok=True)
-      jax.config.update("jax_compilation_cache_dir", str(directory))
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+      raise PermissionError("it is not writable")
+  except OSError as e:
+    if where == "auto":
+      return
+    why = e.strerror or e
+    raise UserError(Problem(f"--compile_cache={where}: {why}", "name a directory you may write to, or none")) from e
+  jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 if __name__ == "__main__":

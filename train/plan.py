@@ -22,7 +22,7 @@ from mgr_jax.model.cellular_init import cellular_problems, cellular_specs
 from mgr_jax.params import is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 from mgr_jax.step import gradient_flops, init_key, make_train_step, model_flops, optimizer_flops
-from train.flags import Settings, arguments_of, setting_problems
+from train.flags import Settings, arguments_of, profiled_steps, setting_problems
 from train.parallel import Placement, make_placement
 from train.samples import prompt_problems
 
@@ -191,6 +191,9 @@ def make_plan(settings: Settings, say: Callable[[str], None] = lambda text: None
   if not problems and settings.automaton is not None:
     specs = gpt.specs(GPTConfig(vocab_size=asked.vocab_size, **model))
     problems += cellular_problems(init_key(settings.seed), specs, settings.automaton, settings.seed)
+  if (profiled_steps(settings) or range(0)).start > steps:
+    what = f"--profile_steps={settings.profile_steps} begins after the last of {steps} updates"
+    problems.append(Problem(what, f"use e.g. --profile_steps={max(1, steps - 2)}:{steps}"))
   for make in (lambda: make_optimizer(settings, {}, asked), lambda: make_schedule(settings, max(1, steps))):
     try:
       make()

@@ -55,7 +55,7 @@ RACES = {
       "seq_len": (256, "Context."),
       "batch_size": (8, "Sequences per update."),
       "steps": (50, "Steps that an arm takes in a row; a checkpoint comes with each such block."),
-      "rounds": (5, "Timed rounds."),
+      "rounds": (8, "Timed rounds; at least 2, for an interval."),
     },
   ),
   "optimizers": Race(
