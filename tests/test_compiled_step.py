@@ -120,7 +120,9 @@ def _is_copy(equation):
   return whole and size(result) >= HEADS * size(source) and jnp.issubdtype(source.aval.dtype, jnp.inexact)
 
 
-@pytest.mark.parametrize("attention", [*attention_names(), "tropical(impl=pallas)"])
+@pytest.mark.parametrize(
+  "attention", [*attention_names(), "tropical(impl=pallas)", "tropical(impl=pallas,score=hilbert)"]
+)
 def test_a_step_holds_nothing_it_need_not_and_never_asks_the_host(attention):
   jaxpr = program(attention)
   assert not squares(jaxpr)

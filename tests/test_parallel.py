@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from mgr_jax.attention import attention_names
 from mgr_jax.params import ParamSpec
 from mgr_jax.problems import UserError
 from train import parallel
@@ -15,10 +16,12 @@ from train import parallel
 MESH, COPIES = ("jit", "data=2,fsdp=2"), ("pmap", "data=4")
 MORE = (("jit", "data=1"), ("jit", "data=2"), ("jit", "data=4"), ("jit", "fsdp=4"), ("pmap", "data=2"))
 OPTIMIZERS = ("hoss", "adamw", "hoss_hidden", "sgd")
-BROKEN = (*COPIES, "broken")
+# These compute over rows that are no leading axis, or merged with another one, as gauge does too.
+AWKWARD = "tropical,fractal"
+REVERSIBLE = "reversible(tropical),reversible(fractal),reversible(gauge)"
 
 
-def on_four_devices(cases) -> dict[str, list[float]]:
+def on_four_devices(*cases) -> list:
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
   env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
@@ -34,22 +37,35 @@ def on_four_devices(cases) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(
   ("optimizer", "placements"),
-  [
-    ("muon", (MESH, COPIES, BROKEN, *MORE)),
-    *((o, (MESH, COPIES)) for o in OPTIMIZERS),
-    *((o, MORE) for o in OPTIMIZERS),
-  ],
+  [("muon", (MESH, COPIES, *MORE)), *((o, (MESH, COPIES)) for o in OPTIMIZERS), *((o, MORE) for o in OPTIMIZERS)],
 )
 def test_the_same_twenty_steps_everywhere(optimizer, placements):
-  found = on_four_devices([(optimizer, "single", ""), *((optimizer, *p) for p in placements)])
-  assert len(found) == 1 + len(placements)
-  one = np.array(found.pop(f"{optimizer} single"))
-  broken = found.pop(" ".join((optimizer, *BROKEN)), None)
-  assert one[-2] < one[0] - 0.01, "it learns"
-  for name, other in found.items():
-    np.testing.assert_allclose(other, one, rtol=1e-5, err_msg=name)
-  if broken is not None:
-    assert np.max(np.abs(broken / one - 1)) > 1e-3, "devices that do not add up their gradients are noticed"
+  cases = [("single", ""), *placements]
+  found = on_four_devices(*(("losses", {"optimizer": optimizer, "kind": k, "mesh": m}) for k, m in cases))
+  one = np.array(found[0])
+  assert len(one) == 21 and one[-2] < one[0] - 0.01, "it learns"
+  for case, other in zip(placements, found[1:], strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-5, err_msg=str(case))
+
+
+@pytest.mark.parametrize("attention", [AWKWARD, *attention_names(), REVERSIBLE, "tropical(impl=pallas)"])
+def test_every_mechanism_takes_the_same_steps_on_a_mesh(attention):
+  """Also: no row is sent to another device."""
+  case = {"attention": attention, "steps": 5}
+  one, mesh, sent = on_four_devices(
+    ("losses", case), ("losses", case | {"kind": MESH[0], "mesh": MESH[1]}), ("sends", {"attention": attention})
+  )
+  np.testing.assert_allclose(mesh, one, rtol=1e-5)
+  assert sent == 0
+
+
+def test_rows_that_are_sent_and_sums_that_are_missing_are_found():
+  case = {"steps": 5, "kind": COPIES[0], "mesh": COPIES[1]}
+  sums, broken, sent = on_four_devices(
+    ("losses", case), ("losses", case | {"broken": True}), ("sends", {"attention": AWKWARD, "by_rows": False})
+  )
+  assert np.max(np.abs(np.divide(broken, sums) - 1)) > 1e-3
+  assert sent > 0
 
 
 @pytest.mark.parametrize(

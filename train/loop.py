@@ -372,9 +372,10 @@ class Trainer:
     if self.val is None or distributed.leaders(self.journal.validation(self.step) is not None):
       return
     plan, began, unigram = self.plan, time.perf_counter(), None
-    score = validate.score(
-      self.state.params, self.val, plan.tokenizer, self.cfg, self.state.annealed, plan.placement.spread
-    )
+    with plan.placement.by_rows():
+      score = validate.score(
+        self.state.params, self.val, plan.tokenizer, self.cfg, self.state.annealed, plan.placement.spread
+      )
     seconds = time.perf_counter() - began
     if self.journal.summary["results"]["unigram_bpb"] is None:
       counts = validate.unigram_counts(plan.corpus, plan.tokenizer, self.settings.seed)

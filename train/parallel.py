@@ -4,6 +4,7 @@ The step is the same function everywhere, and the state is one tree of global ar
 and saves need not know of devices.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -14,10 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mgr_jax.model.rows import AXES
 from mgr_jax.params import ParamSpec, is_spec
 from mgr_jax.problems import Problem, UserError, raise_if_any
 
-AXES = ("data", "fsdp")
 KINDS = ("auto", "single", "jit", "pmap")
 PMAP_AXIS = "data"
 # Elements below which every device holds an array whole: gathering it would cost more than it saves.
@@ -112,7 +113,12 @@ class Placement:
       out_shardings=(placed, self.everywhere),
       donate_argnums=0,
     )
-    return program.lower(state, batch).compile()
+    with self.by_rows():
+      return program.lower(state, batch).compile()
+
+  def by_rows(self) -> contextlib.AbstractContextManager:
+    """Programs traced inside keep the rows of a batch on their devices, see `mgr_jax.model.rows`."""
+    return contextlib.nullcontext() if self.kind == "single" else jax.set_mesh(self.mesh)
 
   def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """This process's rows, as the compiled step takes them."""

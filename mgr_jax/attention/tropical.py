@@ -20,6 +20,7 @@ from mgr_jax.attention import (
   tropical_pallas,
   tropical_scan,
   tropical_streaming,
+  tropical_tiles_pallas,
 )
 from mgr_jax.attention.mechanism import (
   Mechanism,
@@ -91,13 +92,15 @@ def _mixed(heads: Heads, beta, ctx, cfg, opts: Options):
   clock = clock_of(ctx, B)
   if impl == "scan":
     return batch_first(maxplus_attention(*time_first(heads), clock, _plan(opts, T)))
-  if impl == "pallas":
+  if impl == "pallas" and opts.factors:
     return batch_first(tropical_pallas.maxplus_attention(*time_first(heads), clock, _plan(opts, T)))
   if impl == "streaming":
     return batch_first(tropical_streaming.streaming_attention(*time_first(heads), beta, clock, opts.rebase))
   q, k, v = group_heads(heads.q, cfg.n_kv_head), heads.k.swapaxes(1, 2), heads.v.swapaxes(1, 2)
   if impl == "matrix":
     return ungroup_heads(matrix_attention(q, k, v, heads.decay, beta, clock.starts.T, opts.chunk))
+  if impl == "pallas":
+    return ungroup_heads(tropical_tiles_pallas.tiled_attention(q, k, v, heads.decay, clock.starts.T, opts))
   if impl == "tiled":
     return ungroup_heads(tiled_attention(q, k, v, heads.decay, clock.position.T, ctx.segment_ids_BT, opts))
   return ungroup_heads(reference_attention(q, k, v, heads.decay, clock.position.T, ctx.segment_ids_BT, opts, beta))
@@ -150,9 +153,9 @@ def cost(cfg, opts: Options, T: int) -> Cost:
   """Projections and the work of the implementation that runs, per token.
 
   A pair (one addition, one maximum) counts as two vector operations. Hard scan: D·E pairs to insert and D·E per query
-  head to read. Tiles: (D + E) pairs per visible key, causal halves as the spans cut them. Matrix: every product of a
-  chunk of c tokens, c·(D + E) + D·E per query head and D·E per key head, two FLOPs each. Streaming: the pairs of the
-  scan and an exponential for each.
+  head to read. Tiles: (D + E) pairs per visible key, causal halves as the spans cut them; in a kernel exact halves and
+  no matrix products. Matrix: every product of a chunk of c tokens, c·(D + E) + D·E per query head and D·E per key head,
+  two FLOPs each. Streaming: the pairs of the scan and an exponential for each.
   """
   H, K, D = cfg.n_head, cfg.n_kv_head, cfg.head_dim
   E = D + scored(opts)
@@ -164,13 +167,13 @@ def cost(cfg, opts: Options, T: int) -> Cost:
     products = H * (c * (D + E) + D * E) + K * D * E
     exponentials = (H + K) * 2 * D + H * c + K * E
     return common + Cost(matmul=2.0 * products, vector=6.0 * H * c, exp=float(exponentials), bytes=state)
-  if impl in ("scan", "pallas", "streaming"):
+  if impl in ("scan", "streaming") or (impl == "pallas" and opts.factors):
     pairs = (H + K) * D * E
     return common + Cost(vector=2.0 * pairs, exp=float(pairs) if impl == "streaming" else 0.0, bytes=state)
-  keys = T if impl == "reference" else T * (1 + 1 / MAX_SPANS) / 2
+  keys = {"reference": T, "pallas": (T + 1) / 2}.get(impl, T * (1 + 1 / MAX_SPANS) / 2)
   cache = 2.0 * K * D * T / 2 * jnp.dtype(cfg.compute_dtype).itemsize
   bytes_read = state if opts.factors else cache
-  if opts.score == "dot":
+  if opts.score == "dot" and impl != "pallas":
     return common + Cost(matmul=2.0 * H * D * keys, vector=2.0 * H * E * keys, bytes=bytes_read)
   smooth = H * keys * (D + E) if opts.course else 0.0
   terms = (2 * D if opts.score == "hilbert" else D) + (0 if opts.agg == "route" else E)

@@ -39,13 +39,13 @@ class Options:
     beta: `none` takes maxima; a number smooths them, max -> log Σ exp(β·)/β; a schedule such as exp:1:64 anneals.
     final: what a finite beta does in the last 5% of training: `hold` its value, or `snap` to maxima.
     agg: `maxplus` adds score and value, `route` copies the value of the key with the largest score.
-    impl: `scan` (hard, linear time), `pallas` (its kernels for GPU and TPU, never picked by `auto`), `tiled` (hard, any
-      score), `matrix` (finite beta on the matrix unit), `streaming` (finite beta, any range), `reference` (dense), or
-      `auto`.
-    chunk: tokens per chunk of `scan`, `pallas` and `matrix`; 0 picks. Divides rebase.
+    impl: `scan` (hard, linear time), `tiled` (hard, any score), `pallas` (kernels of either for GPU and TPU, never
+      picked by `auto`), `matrix` (finite beta on the matrix unit), `streaming` (finite beta, any range), `reference`
+      (dense), or `auto`.
+    chunk: tokens per chunk of `scan`, `matrix` and the scan of `pallas`; 0 picks. Divides rebase.
     rebase: the decay's local index runs over this many tokens.
     margins: emit the share of outputs whose winner is certified (`coverage`) on every call, from two rows.
-    deterministic: the gradient of `scan` and `pallas` adds up in a fixed order on every backend.
+    deterministic: the gradient of `scan`, kernels or not, adds up in a fixed order on every backend.
   """
 
   score: str = "maxplus"
@@ -104,7 +104,7 @@ class Options:
     linear = hard and self.factors, "score=maxplus, score_groups=1, agg=maxplus, beta=none"
     serves = {
       "scan": linear,
-      "pallas": linear,
+      "pallas": (hard, "beta=none; impl=matrix and impl=streaming serve a finite beta"),
       "tiled": (hard, "beta=none"),
       "matrix": (not hard and self.qk_norm == "rms", "a finite beta and qk_norm=rms"),
       "streaming": (not hard, "a finite beta"),
@@ -132,7 +132,7 @@ class Options:
       "chunk": (chunked, "impl=scan, pallas, matrix or auto with a score that factors"),
       "rebase": (stateful, "score=maxplus, score_groups=1, agg=maxplus and a decay"),
       "margins": (self.factors, "score=maxplus, score_groups=1, agg=maxplus"),
-      "deterministic": (scanned, "impl=scan or pallas"),
+      "deterministic": (scanned, "impl=scan, pallas or auto with a score that factors"),
     }
     defaults = {f.name: f.default for f in dataclasses.fields(self)}
     for name, (has_effect, where) in effective.items():

@@ -15,7 +15,7 @@ What it costs, per key/value head with R query heads, T tokens in N chunks, E co
 
 On GPUs the kernels go through the Triton back end, on TPUs through Mosaic, where all columns are one program. On a CPU
 they are interpreted: for tests, not for speed. `jit` over several devices does not cut them up: GPUs gather what they
-read and TPUs refuse, so each device should run its own rows, as under `pmap`.
+read and TPUs refuse, so each device should run its own rows, as models do (`model.rows`).
 """
 
 import functools

@@ -12,6 +12,7 @@ from mgr_jax.attention.reversible import Options, inner_config
 from mgr_jax.flops import Cost
 from mgr_jax.model import layers, symplectic
 from mgr_jax.model.reversible import Coupling, mix_specs
+from mgr_jax.model.rows import by_rows
 
 Narrow = Callable[[Context], Context]
 
@@ -38,8 +39,11 @@ def _additive(cfg, mechanism, options, narrow: Narrow) -> tuple[Coupling, ...]:
   def normed(x):
     return rms_norm(x).astype(cfg.compute_dtype)
 
+  def mix(params, x, ctx):
+    return mechanism.apply(params, x, ctx, cfg, options)
+
   def attend(params, x, ctx):
-    y, aux = mechanism.apply(params["attention"], normed(x), narrow(ctx), cfg, options)
+    y, aux = by_rows(mix, params["attention"], normed(x), narrow(ctx))
     return y.astype(x.dtype), {name if name == "aux_loss" else f"{mechanism.name}/{name}": a for name, a in aux.items()}
 
   def attend_step(params, x, state, ctx):
@@ -74,9 +78,12 @@ def _kicks(cfg, impl: str, wrap: Options) -> tuple[Coupling, ...]:
   least = wrap.lambda_min
 
   def kick(h: float) -> Coupling:
-    def apply(params, x, ctx):
-      y = -h * symplectic.grad_V(params["attention"], x, ctx, cfg, lambda_min=least, impl=impl)
+    def of_rows(params, x, ctx):
+      y = -h * symplectic.grad_V(params, x, ctx, cfg, lambda_min=least, impl=impl)
       return y, (_energy(params, x, ctx) if ctx.probe else {})
+
+    def apply(params, x, ctx):
+      return by_rows(of_rows, params["attention"], x, ctx)
 
     def step(params, x, state, ctx):
       g, state = symplectic.grad_V_step(params["attention"], x, state, ctx, cfg, lambda_min=least)
@@ -86,7 +93,7 @@ def _kicks(cfg, impl: str, wrap: Options) -> tuple[Coupling, ...]:
 
   def _energy(params, x, ctx):
     """V at the first token, which no other moves, and on average."""
-    energy = symplectic.potential(params["attention"], jax.lax.stop_gradient(x), ctx, cfg, lambda_min=least, impl=impl)
+    energy = symplectic.potential(params, jax.lax.stop_gradient(x), ctx, cfg, lambda_min=least, impl=impl)
     return {"reversible/potential_first": jnp.mean(energy[:, 0]), "reversible/potential_mean": jnp.mean(energy)}
 
   drift = pointwise(

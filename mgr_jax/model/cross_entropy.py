@@ -50,7 +50,7 @@ def token_nll(x_NC, head_CV, targets_N, softcap: float, vocab_size: int, chunk: 
     z = capped_logits(x, head_CV, softcap, vocab_size)
     return None, _logsumexp(z, softcap) - jnp.take_along_axis(z, target[:, None], 1)[:, 0]
 
-  _, nll = jax.lax.scan(body, None, _chunks((x_NC, targets_N), chunk))
+  _, nll = jax.lax.scan(body, None, split_chunks((x_NC, targets_N), chunk))
   return nll.reshape(-1)[: x_NC.shape[0]]
 
 
@@ -59,7 +59,7 @@ def _logsumexp(z, softcap):
   return jnp.log(jnp.sum(jnp.exp(z), -1)) if 0 < softcap <= 50 else jax.nn.logsumexp(z, -1)
 
 
-def _chunks(arrays, chunk):
+def split_chunks(arrays, chunk):
   """Pads with zeros to whole chunks and splits: [N, ...] -> [N/chunk, chunk, ...]."""
   n = arrays[0].shape[0]
   pad = -n % chunk
@@ -81,7 +81,7 @@ def _fwd_rule(x_NC, head_CV, targets_N, weights_N, softcap, vocab_size, chunk):
     return dhead + jnp.matmul(x.T, dz, preferred_element_type=jnp.float32), (nll * weight, dx)
 
   zero = jnp.zeros(head_CV.shape, jnp.float32)
-  dhead, (nll, dx) = jax.lax.scan(body, zero, _chunks((x_NC, targets_N, weights_N), chunk))
+  dhead, (nll, dx) = jax.lax.scan(body, zero, split_chunks((x_NC, targets_N, weights_N), chunk))
   dx = dx.reshape(-1, x_NC.shape[1])[: x_NC.shape[0]]
   return jnp.sum(nll), (dx, dhead.astype(head_CV.dtype))
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
-from mgr_jax.model.cross_entropy import capped_logits, chunk_size
+from mgr_jax.model.cross_entropy import capped_logits, chunk_size, split_chunks
+from mgr_jax.model.rows import by_rows
 
 CURVATURES = ("ggn", "hessian")
 MODES = ("linearize", "jvp", "reverse")
@@ -55,13 +56,12 @@ def gauss_newton(params, batch, cfg: GPTConfig, annealed=None) -> Callable:
   segment_ids = batch["segment_ids"] if cfg.doc_mask else None
   targets, weights = batch["targets"], batch.get("weights")
   weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-  weights = (weights / jnp.maximum(jnp.sum(weights), 1.0)).reshape(-1)
+  weights /= jnp.maximum(jnp.sum(weights), 1.0)
 
   def features(params):
-    """Activations before the head [N, C], and the head, both in the compute dtype."""
+    """Activations before the head [B, T, C], and the head, both in the compute dtype."""
     params = gpt.cast(params, cfg)
-    x, _ = gpt.hidden(params, batch["tokens"], cfg, segment_ids, annealed)
-    return x.reshape(-1, cfg.n_embd), params["head"]
+    return gpt.hidden(params, batch["tokens"], cfg, segment_ids, annealed)[0], params["head"]
 
   (x, head), backward = jax.vjp(features, params)
   zeros = jax.tree.map(jnp.zeros_like, (x, head))
@@ -70,17 +70,18 @@ def gauss_newton(params, batch, cfg: GPTConfig, annealed=None) -> Callable:
 
   def apply(v):
     v = jax.tree.map(lambda p, v: v.astype(p.dtype), params, v)
-    return backward(_through_loss(x, head, *forward(v)[0], weights, cfg))[0]
+    dx, dhead = forward(v)[0]
+    loss = lambda heads, x, ctx: _through_loss(heads, x, *ctx, cfg)
+    return backward(by_rows(loss, (head, dhead), x, (dx, weights), jnp.sum))[0]
 
   return apply
 
 
-def _through_loss(x_NC, head_CV, dx_NC, dhead_CV, weights_N, cfg: GPTConfig):
+def _through_loss(heads, x_BTC, dx_BTC, weights_BT, cfg: GPTConfig):
   """Jᵀ·H·J of cross-entropy over softcapped logits c·tanh(xW/c) as a function of (x, W), on (dx, dW)."""
-  n = x_NC.shape[0]
-  chunk = chunk_size(n, cfg.padded_vocab, cfg.loss_chunk)
-  pad = -n % chunk
-  split = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:])
+  head_CV, dhead_CV = heads
+  chunk = chunk_size(weights_BT.size, cfg.padded_vocab, cfg.loss_chunk)
+  pieces = split_chunks((x_BTC.reshape(-1, cfg.n_embd), dx_BTC.reshape(-1, cfg.n_embd), weights_BT.reshape(-1)), chunk)
   multiply = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
   def body(total_CV, piece):
@@ -95,6 +96,5 @@ def _through_loss(x_NC, head_CV, dx_NC, dhead_CV, weights_N, cfg: GPTConfig):
     dz = dz.astype(x.dtype)
     return total_CV + multiply(x.T, dz), multiply(dz, head_CV.T).astype(x.dtype)
 
-  start = jnp.zeros(head_CV.shape, jnp.float32)
-  dhead, dx = jax.lax.scan(body, start, (split(x_NC), split(dx_NC), split(weights_N)))
-  return dx.reshape(-1, x_NC.shape[1])[:n], dhead.astype(head_CV.dtype)
+  dhead, dx = jax.lax.scan(body, jnp.zeros(head_CV.shape, jnp.float32), pieces)
+  return dx.reshape(-1, cfg.n_embd)[: weights_BT.size].reshape(x_BTC.shape), dhead.astype(head_CV.dtype)

@@ -15,6 +15,7 @@ from mgr_jax.config import GPTConfig
 from mgr_jax.flops import Cost
 from mgr_jax.model import annealing, stack
 from mgr_jax.model.cross_entropy import capped_logits, chunk_size, cross_entropy, token_nll
+from mgr_jax.model.rows import by_rows
 from mgr_jax.params import FLOAT32_ROLES, ParamSpec, init_params, is_spec
 
 
@@ -103,11 +104,16 @@ def loss(params, batch, cfg: GPTConfig, normalizer=None, annealed=None):
   x, aux = hidden(params, batch["tokens"], cfg, segment_ids, annealed)
   weights = batch.get("weights")
   weights = jnp.ones(x.shape[:2], jnp.float32) if weights is None else weights
-  x, targets, weights = x.reshape(-1, cfg.n_embd), batch["targets"].reshape(-1), weights.reshape(-1)
-  chunk = chunk_size(len(targets), cfg.padded_vocab, cfg.loss_chunk)
   weight = jnp.sum(weights)
   normalizer = jnp.maximum(weight, 1.0) if normalizer is None else normalizer
-  nll = cross_entropy(x, params["head"], targets, weights / normalizer, cfg.logit_softcap, cfg.vocab_size, chunk)
+
+  def summed(head, x, ctx):
+    targets, weights = (a.reshape(-1) for a in ctx)
+    chunk = chunk_size(len(targets), cfg.padded_vocab, cfg.loss_chunk)
+    x = x.reshape(-1, cfg.n_embd)
+    return (), cross_entropy(x, head, targets, weights, cfg.logit_softcap, cfg.vocab_size, chunk)
+
+  _, nll = by_rows(summed, params["head"], x, (batch["targets"], weights / normalizer), jnp.sum)
   metrics = {"nll_sum": nll * normalizer, "weight": weight, "aux_loss": aux["aux_loss"]}
   metrics["readings"] = annealing.readings(aux, cfg)
   return nll + aux["aux_loss"], metrics
@@ -118,10 +124,13 @@ def nll(params, batch, cfg: GPTConfig, annealed=None) -> jax.Array:
   params = cast(params, cfg)
   segment_ids = batch["segment_ids"] if cfg.doc_mask else None
   x, _ = hidden(params, batch["tokens"], cfg, segment_ids, annealed)
-  targets = batch["targets"]
-  chunk = chunk_size(targets.size, cfg.padded_vocab, cfg.loss_chunk)
-  flat = x.reshape(-1, cfg.n_embd), params["head"], targets.reshape(-1)
-  return token_nll(*flat, cfg.logit_softcap, cfg.vocab_size, chunk).reshape(targets.shape)
+
+  def of_rows(head, x, targets):
+    chunk = chunk_size(targets.size, cfg.padded_vocab, cfg.loss_chunk)
+    flat = x.reshape(-1, cfg.n_embd), head, targets.reshape(-1)
+    return token_nll(*flat, cfg.logit_softcap, cfg.vocab_size, chunk).reshape(targets.shape), ()
+
+  return by_rows(of_rows, params["head"], x, batch["targets"])[0]
 
 
 @struct.dataclass

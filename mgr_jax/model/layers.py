@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mgr_jax.flops import Cost
 from mgr_jax.model import tropical_mlp
+from mgr_jax.model.rows import by_rows
 from mgr_jax.params import ParamSpec
 
 
@@ -107,7 +108,7 @@ def mlp_specs(cfg) -> dict[str, ParamSpec]:
 
 def mlp(params, x_BTC: jax.Array, cfg) -> jax.Array:
   """The MLP of the configuration's kind."""
-  return KINDS[cfg.mlp].apply(params, x_BTC, cfg)
+  return by_rows(lambda params, x, _: (KINDS[cfg.mlp].apply(params, x, cfg), ()), params, x_BTC)[0]
 
 
 def mlp_cost(cfg) -> Cost:

@@ -12,6 +12,7 @@ from mgr_jax.attention import reversible as wrapper
 from mgr_jax.attention.mechanism import rms_norm
 from mgr_jax.flops import Cost
 from mgr_jax.model import couplings, layers, reversible
+from mgr_jax.model.rows import by_rows
 from mgr_jax.params import stack_specs
 
 # Layers per iteration of a run's scan. Measured forward+backward on two CPU cores at 4 layers, 128 wide: 0.83x of one
@@ -119,8 +120,11 @@ def _plain(run: Run, params, x_BTC, ctx: Context, cfg):
   """One run of ordinary blocks: (x, aux stacked over layers)."""
   ctx = _context_of(run, ctx)
 
+  def attend(params, x, ctx):
+    return run.mechanism.apply(params, x, ctx, cfg, run.options)
+
   def block(x, layer_params):
-    y, aux = run.mechanism.apply(layer_params["attention"], rms_norm(x), ctx, cfg, run.options)
+    y, aux = by_rows(attend, layer_params["attention"], rms_norm(x), ctx)
     x = x + y
     aux = {name if name == "aux_loss" else f"{run.mechanism.name}/{name}": value for name, value in aux.items()}
     return x + layers.mlp(layer_params["mlp"], rms_norm(x), cfg), aux
