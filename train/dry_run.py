@@ -31,7 +31,6 @@ def report(plan: Plan) -> str:
   limit, limit_name = memory_limit()
   roles = plan.parameters
   each = " on each device" if n > 1 else ""
-  mesh = [plan.placement.kind, *(f"{a}={size}" for a, size in plan.placement.mesh.shape.items())] if n > 1 else []
   lines = [
     table(("parameters", "number"), [*roles.items(), ("all", sum(roles.values()))]),
     "",
@@ -39,7 +38,7 @@ def report(plan: Plan) -> str:
     f"FLOPs             {compact(plan.flops_per_token)} per token, {compact(flops)} per step,"
     f" {compact(flops * plan.steps)} in all (analytic)",
     f"planned steps     {plan.steps}, {compact(plan.steps * plan.tokens_per_step)} tokens",
-    f"devices           {', '.join([str(n), *mesh])}",
+    f"devices           {n}{f' ({plan.placement})' if n > 1 else ''}",
     f"training state    {state_bytes / GIB:.3f} GiB{each} (parameters, optimizer, schedule)",
   ]
   if state_bytes > limit:

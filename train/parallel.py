@@ -41,6 +41,11 @@ class Placement:
   def n_devices(self) -> int:
     return self.mesh.size
 
+  def __str__(self) -> str:
+    """E.g. `jit, data=2, fsdp=2`; empty for one device."""
+    axes = [f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1]
+    return ", ".join([self.kind, *axes]) if self.kind != "single" else ""
+
   @property
   def axis_name(self) -> str | None:
     """Of the sums that the step itself must take; the compiler knows those of `jit`."""

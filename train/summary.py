@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from mgr_jax.problems import Problem
 from mgr_jax.schedules import EVENT_NAMES, EXHAUSTED
 from mgr_jax.schedules.ordinal_machine import OrdinalConfig, suggested_patience
@@ -56,6 +58,7 @@ def new_summary(plan: Plan, directory: RunDirectory, start: Start) -> Summary:
       "sample_command": f"python -m train.sample --ckpt={directory.path} --prompt=...",
       "git": git,
       **artifacts.machine_state(),
+      "placement": {"devices": plan.placement.n_devices, "text": str(plan.placement), "processes": jax.process_count()},
       "lineage": list(start.lineage),
       "seed": settings.seed,
     },
@@ -213,7 +216,10 @@ def _code(git: dict[str, Any]) -> str:
 
 
 def _devices(meta: dict[str, Any]) -> str:
-  return f"{meta['devices']['count']} x {meta['devices']['kind']}"
+  there, used = meta["devices"], meta["placement"]
+  how = [used["text"]] * bool(used["text"]) + [f"{used['processes']} processes"] * (used["processes"] > 1)
+  of = f" of {there['count']}" if used["devices"] != there["count"] else ""
+  return f"{used['devices']}{of} x {there['kind']}" + (f" ({', '.join(how)})" if how else "")
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
