@@ -22,7 +22,7 @@ from train import parallel
 from train.quick_compile import compile_quickly
 
 STEPS, ROWS = 20, 8
-CFG = GPTConfig(vocab_size=97, seq_len=16, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, loss_chunk=16)
+CFG = GPTConfig(vocab_size=97, seq_len=16, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, loss_chunk=16)
 # Twenty steps at larger rates multiply a difference in the last bit by hundreds, on one device too.
 SETTINGS = {"lr_scale": 0.1}
 HOSS = {"hoss_hvp_frac": 0.5, "hoss_rank": 2, "hoss_noise": "krylov", "hoss_temperature": 1e-6}
@@ -30,7 +30,7 @@ SENDS = re.compile(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(
 
 
 def configuration(attention: str) -> GPTConfig:
-  return dataclasses.replace(CFG, attention=attention, n_layer=max(2, len(parse_attention(attention))))
+  return dataclasses.replace(CFG, attention=attention, n_layer=len(parse_attention(attention)))
 
 
 def compiled(cfg, optimizer, placement, axis):

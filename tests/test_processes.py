@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mgr_jax.problems import UserError
+from mgr_jax.problems import Problem, UserError
 from tests.kill_resume import ROOT, last_step, write_corpus
 from train import cli, distributed, main
 from train.metrics import read_records
@@ -138,6 +138,27 @@ def test_processes_that_do_not_fit_together_all_stop(folder, last, said):
   assert launch.wait() == [2, 2], launch.text()
   assert all(said in log.read_text() for log in launch.logs)
   assert not (folder / "apart").exists() and not list(folder.glob(".seen*"))
+
+
+def test_all_start_or_none(monkeypatch):
+  """What other processes say is given here; real ones are slow to start."""
+  others = []
+  monkeypatch.setattr(distributed, "gather_json", lambda own: [own, *others])
+  together = lambda step: distributed.together(lambda: step, lambda step: {"the step": step})
+  others[:] = [[[], {"the step": 3}]]
+  assert together(3) == 3
+  others[:] = [[[], {"the step": 4}], [[], {"the step": 3}]]
+  with pytest.raises(UserError, match=r"process 1: not as in process 0: the step is 4 instead of 3\n.*--workdir"):
+    together(3)
+  others[:] = [[[["it is broken", "mend it"]], {}]]
+  with pytest.raises(UserError, match=r"process 1: it is broken\n  fix: mend it"):
+    together(3)
+
+  def broken():
+    raise UserError(Problem("it is broken", "mend it"))
+
+  with pytest.raises(UserError, match=r"^error: it is broken"):
+    distributed.together(broken, lambda _: {})
 
 
 def test_mistakes(monkeypatch, capsys):

@@ -128,9 +128,10 @@ def test_the_interval_decides(mean, half, word):
   assert overhead.verdict({"overhead": mean, "half": half}) == word
 
 
-def test_switching_off_does_what_it_says(tmp_path):
+def test_switching_off_does_what_it_says(tmp_path, monkeypatch):
   for name in ("checkpoints", "data"):
     arm = overhead.ARMS[name]
+    monkeypatch.setattr(overhead, "SAVE_EVERY", 2)
     trainer, batches = overhead._trainer(tmp_path, name, arm, 3, 1, TINY)
     trainer.take_steps(StopSignals(), until=3)
     trainer.checkpoints.close()

@@ -54,8 +54,8 @@ RACES = {
       "n_embd": (128, "Width."),
       "seq_len": (256, "Context."),
       "batch_size": (8, "Sequences per update."),
-      "steps": (50, "Steps that an arm takes in a row; a checkpoint comes with each such block."),
-      "rounds": (8, "Timed rounds; at least 2, for an interval."),
+      "steps": (10, "Steps that an arm takes in a row."),
+      "rounds": (25, "Timed rounds; at least 2, for an interval."),
     },
   ),
   "optimizers": Race(
