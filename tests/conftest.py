@@ -4,6 +4,7 @@ import collections
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from train.quick_compile import compile_quickly
 
 compile_quickly()
+from train import loop  # noqa: E402  after the flags of the compiler
+
 # For the workers: threads of BLAS wait for each other on small matrices.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -32,8 +35,8 @@ QUICK_CASES = {
   "test_conformance_claims_hold_of_hybrids": 1,
   "test_cost_counts_the_products_that_run": 1,
   "test_decode_after_a_long_first_piece": 1,
-  "test_decoding_in_pieces_of_any_size_gives_the_whole": 3,
-  "test_every_mechanism_is_recovered_bit_for_bit": 2,
+  "test_decoding_in_pieces_of_any_size_gives_the_whole": 2,
+  "test_every_mechanism_is_recovered_bit_for_bit": 1,
   "test_every_mechanism_takes_the_same_steps_on_a_mesh": 1,
   "test_extreme_inputs_stay_finite": 1,
   "test_features": 1,
@@ -45,24 +48,26 @@ QUICK_CASES = {
   "test_latest_token_of_a_leaf": 1,
   "test_long_ragged_pieces_decode_like_the_whole": 1,
   "test_memory_and_loops_do_not_grow_with_pairs": 0,
+  "test_memory_grows_linearly_with_length": 0,
   "test_memory_grows_linearly_with_the_sequence": 0,
   "test_one_compilation_per_shape": 1,
   "test_processes_that_do_not_fit_together_all_stop": 0,
   "test_products_are_symmetric_and_the_modes_agree": 1,
   "test_prompts_longer_than_a_piece_beside_short_ones": 2,
-  "test_reconstructing_gives_the_gradient_of_autodiff": 2,
+  "test_reconstructing_gives_the_gradient_of_autodiff": 1,
   "test_resolvent": 1,
   "test_second_derivatives_go_forward_over_reverse": 0,
-  "test_shapes_dtypes_and_finiteness": 2,
+  "test_shapes_dtypes_and_finiteness": 1,
   "test_snippets_run": 4,
   "test_the_compiled_program_is_as_small": 2,
   "test_the_kernel_lowers_without_square_arrays_for": 2,
-  "test_the_same_twenty_steps_everywhere": 5,
+  "test_the_same_twenty_steps_everywhere": 4,
   "test_tiles": 1,
   "test_training_memory_grows_linearly": 0,
   "test_training_memory_grows_linearly_with_length": 0,
+  "test_training_memory_stays_below_one_score_matrix": 0,
   "test_training_memory_of_floating_values_grows_with_the_length_not_its_square": 0,
-  "test_training_memory_is_a_small_multiple_of_the_activations": 2,
+  "test_training_memory_is_a_small_multiple_of_the_activations": 0,
   "test_what_else_grows_with_depth": 0,
 }
 
@@ -89,6 +94,14 @@ def _mechanism(item) -> str:
   if item.originalname not in ("test_conformance_claims_hold", "test_shapes_dtypes_and_finiteness"):
     return ""
   return item.callspec.params["attention"].split("(")[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_collection_before_training():
+  """A run collects garbage once, which takes half a second with all that a worker holds."""
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(loop, "gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None))
+    yield
 
 
 @pytest.fixture(autouse=True)

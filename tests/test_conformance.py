@@ -15,8 +15,8 @@ from mgr_jax.flops import matmul_flops
 from mgr_jax.model import gpt
 
 HYBRIDS = (
-  "reversible(ultrametric),standard",
   "surreal,quaternion",
+  "reversible(ultrametric),standard",
   "simplicial,fractal",
   "gauge*2,octonion",
   "standard,braid(mode=word)",
@@ -65,7 +65,7 @@ def test_a_wrapper_changes_the_stack(attention):
 
 
 @pytest.mark.parametrize(
-  ("dtype", "attention"), [("float32", v) for v in SINGLE] + [("bfloat16", name) for name in attention_names()]
+  ("dtype", "attention"), [("bfloat16", name) for name in attention_names()] + [("float32", v) for v in SINGLE]
 )
 def test_shapes_dtypes_and_finiteness(attention, dtype, key):
   cfg = tiny(config(attention))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mgr_jax.config import GPTConfig
-from mgr_jax.flops import matmul_flops
+from mgr_jax.flops import matmul_flops, peak_flops
 from mgr_jax.model import gpt
 
 A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
@@ -57,3 +57,21 @@ def test_the_compiler_agrees_where_it_counts_every_loop():
   assert analysis["flops"] == pytest.approx(matmul_flops(forward, params, tokens), rel=0.05)
   loop = jax.jit(looped).lower(A, B).compile().cost_analysis()["flops"]
   assert loop < 2 * PRODUCT, "what the analysis misses"
+
+
+@pytest.mark.parametrize(
+  ("device", "dtype", "peak"),
+  [
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+    ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+    ("NVIDIA L40S", "bfloat16", 362e12),
+    ("NVIDIA L4", "bfloat16", 121e12),
+    ("NVIDIA L400", "bfloat16", None),
+    ("TPU v5 lite", "bfloat16", 197e12),
+    ("TPU v5", "bfloat16", 459e12),
+    ("NVIDIA H100 80GB HBM3", "float32", None),
+    ("cpu", "bfloat16", None),
+  ],
+)
+def test_peaks_are_of_that_device_or_none(device, dtype, peak):
+  assert peak_flops(device, dtype) == peak

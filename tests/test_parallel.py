@@ -15,7 +15,7 @@ from train import parallel
 
 MESH, COPIES = ("jit", "data=2,fsdp=2"), ("pmap", "data=4")
 MORE = (("jit", "data=1"), ("jit", "data=2"), ("jit", "data=4"), ("jit", "fsdp=4"), ("pmap", "data=2"))
-OPTIMIZERS = ("hoss", "adamw", "hoss_hidden", "sgd")
+OPTIMIZERS = ("muon", "hoss", "adamw", "sgd", "hoss_hidden")
 # These compute over rows that are no leading axis, or merged with another one, as gauge does too.
 AWKWARD = "tropical,fractal"
 REVERSIBLE = "reversible(tropical),reversible(fractal),reversible(gauge)"
@@ -37,7 +37,7 @@ def on_four_devices(*cases) -> list:
 
 @pytest.mark.parametrize(
   ("optimizer", "placements"),
-  [("muon", (MESH, COPIES, *MORE)), *((o, (MESH, COPIES)) for o in OPTIMIZERS), *((o, MORE) for o in OPTIMIZERS)],
+  [*((optimizer, (MESH, COPIES)) for optimizer in OPTIMIZERS), *((optimizer, MORE) for optimizer in OPTIMIZERS)],
 )
 def test_the_same_twenty_steps_everywhere(optimizer, placements):
   shared = {"optimizer": optimizer} | ({"attention": "standard*2"} if optimizer == "muon" else {})

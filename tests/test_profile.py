@@ -1,13 +1,15 @@
 """Profiler traces of chosen updates, and where compiled programs are kept."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import pytest
 
+from mgr_jax.model import gpt
 from mgr_jax.problems import UserError
 from tests.kill_resume import write_corpus
-from train import loop, main
+from train import loop, main, plan
 from train.flags import Settings, profiled_steps
 from train.metrics import read_records
 
@@ -30,6 +32,18 @@ def test_chosen_updates_are_traced(settings, monkeypatch):
   assert len([p for p in (result.directory / "profile").rglob("*") if p.name.endswith(".xplane.pb")]) == 1
   (event,) = [r for r in read_records(result.directory / "metrics.jsonl") if r.get("event") == "profile"]
   assert event["step"] == 4
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(settings, monkeypatch, capsys):
+  assert plan.make_plan(settings()).utilisation(1.0) is None, "a CPU is not in the table"
+  monkeypatch.setattr(plan, "peak_flops", lambda kind, dtype: 1e9)
+  result = loop.run(dataclasses.replace(settings(), log_every=1, progress="plain"))
+  cfg = plan.make_plan(settings()).cfg
+  logged = [r for r in read_records(result.directory / "metrics.jsonl") if "loss" in r]
+  assert len(logged) == 5
+  for record in logged:
+    assert record["mfu"] == pytest.approx(3 * gpt.cost(cfg).matmul * record["tokens_per_s"] / 1e9)
+  assert "model FLOPs utilisation" in capsys.readouterr().out and result.summary["results"]["mfu"] > 0
 
 
 def test_what_cannot_be_traced_is_refused(settings):
