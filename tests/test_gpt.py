@@ -92,7 +92,7 @@ def test_positions_restart_with_every_document():
   np.testing.assert_array_equal(gpt.positions_in_documents(segments), expected)
 
 
-@pytest.mark.parametrize("changed", [{"remat": "full"}, {"remat": "dots"}, {"remat": "every_2"}, {"loss_chunk": 7}])
+@pytest.mark.parametrize("changed", [{"remat": "every_2"}, {"loss_chunk": 7}, {"remat": "dots"}, {"remat": "full"}])
 def test_memory_options_change_no_number(key, changed):
   cfg = dataclasses.replace(CFG, n_layer=3)
   params, batch = noisy_params(key, cfg), batch_of(key)
