@@ -1,6 +1,5 @@
 """The kernel of max-plus attention with any score, interpreted: tiles and definition, and what compilers are given."""
 
-import contextlib
 import functools
 import math
 import re
@@ -16,6 +15,7 @@ from mgr_jax.attention.tropical_pallas import Target, target
 from mgr_jax.attention.tropical_tiles_pallas import Tile
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
+from tests.test_tropical_pallas import lowered
 
 SLOPES = np.float32([0.0, 0.125])
 # As for Triton: pieces of powers of two, 8 of 38 queries at a time. As for Mosaic: 16 of them, 8 of 19 keys at a time.
@@ -126,17 +126,6 @@ def test_the_layer_is_the_same_with_the_kernel_as_with_tiles():
   np.testing.assert_allclose(output(params, Options(**{**vars(options), "impl": "pallas"})), wanted, atol=1e-5)
   slower = params | {"log_decay": params["log_decay"] - np.float32(0.01)}
   assert np.max(np.abs(output(slower, options) - wanted)) > 1e-3
-
-
-def lowered(f, args, platform):
-  """What a compiler for `platform` is given; no such device is needed."""
-  with contextlib.ExitStack() as stack:
-    if platform == "cuda" and jax.__version_info__ >= (0, 11):
-      device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")
-      axis = jax.sharding.AxisType.Auto
-      mesh = jax.sharding.AbstractMesh((1,), ("devices",), (axis,), abstract_device=device)
-      stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
-    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 def squares(text, T):
