@@ -110,6 +110,7 @@ def test_the_benchmark_needs_no_data_libraries():
 
 def test_overhead_of_a_slow_journal_is_seen(monkeypatch, capsys):
   monkeypatch.setattr(overhead, "LOG_EVERY", 2)
+  monkeypatch.setattr(overhead, "SAVE_EVERY", 4)
   monkeypatch.setattr(overhead, "ARMS", {name: overhead.ARMS[name] for name in ("all off", "all on", "data")})
   log_step = Journal.log_step
   monkeypatch.setattr(Journal, "log_step", lambda *args: (time.sleep(0.2), log_step(*args)))

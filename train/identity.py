@@ -1,6 +1,7 @@
 """What a checkpoint says of the run that wrote it, and whether another run may continue it."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -40,7 +41,6 @@ def make_meta(
   data_shards: int = 1,
 ) -> dict[str, Any]:
   """What a checkpoint says of its run: settings, model, hashes, versions, and its lineage, the oldest run first."""
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
   return {
     "flags": dict(flags),
     "model": dataclasses.asdict(cfg),
@@ -48,12 +48,18 @@ def make_meta(
     "tokenizer_sha256": tokenizer_sha256,
     "data_sha256": data_sha256,
     "lineage": [*lineage, run_id],
-    "packages": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
+    "packages": dict(_versions()),
     "backend": jax.default_backend(),
     "device_count": jax.device_count(),
     "process_count": jax.process_count(),
     "data_shards": data_shards,
   }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+  return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def compare_meta(saved: Mapping[str, Any], current: Mapping[str, Any], strict: bool = True) -> list[Problem]:

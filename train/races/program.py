@@ -54,8 +54,8 @@ RACES = {
       "n_embd": (128, "Width."),
       "seq_len": (256, "Context."),
       "batch_size": (8, "Sequences per update."),
-      "steps": (10, "Steps that an arm takes in a row."),
-      "rounds": (25, "Timed rounds; at least 2, for an interval."),
+      "steps": (1, "Steps that an arm takes in a row; many on an accelerator."),
+      "rounds": (600, "Timed rounds; at least 2, for an interval."),
     },
   ),
   "optimizers": Race(
