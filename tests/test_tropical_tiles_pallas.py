@@ -1,4 +1,4 @@
-"""The kernel of max-plus attention with any score, interpreted: tiles and definition, and what compilers are given."""
+"""Max-plus attention with any score: tiles and the kernel, interpreted, and what compilers are given."""
 
 import functools
 import math
@@ -41,6 +41,11 @@ def tiles(q, k, v, decay, clock, opts):
   return tropical_tiles.tiled_attention(q, k, v, decay, clock.position.T, segments, opts)
 
 
+def definition(q, k, v, decay, clock, opts):
+  segments = tropical_cases._segments(clock)
+  return tropical_tiles.reference_attention(q, k, v, decay, clock.position.T, segments, opts)
+
+
 def kernel(q, k, v, decay, clock, opts, where=TILES):
   return tropical_tiles_pallas.tiled_attention(q, k, v, decay, clock.starts.T, opts, *where)
 
@@ -72,9 +77,10 @@ def test_ties_go_to_the_same_winners():
   def gradient(f, q, k, v):
     return jax.vjp(lambda *x: f(*x, np.float32([0.0, 1.0]), clock, opts), q, k, v)[1](cotangent)
 
-  found, wanted = gradient(kernel, *args[:3]), gradient(tiles, *args[:3])
-  for a, b in zip(found, wanted, strict=True):
-    np.testing.assert_array_equal(a, b)
+  wanted = gradient(definition, *args[:3])
+  for found in (gradient(kernel, *args[:3]), gradient(tiles, *args[:3])):
+    for a, b in zip(found, wanted, strict=True):
+      np.testing.assert_array_equal(a, b)
   backwards = gradient(kernel, args[0][..., ::-1], args[1][..., ::-1], args[2])
   assert np.any(backwards[0][..., ::-1] != wanted[0]), "of reversed coordinates the highest wins: ties exist"
 
@@ -94,17 +100,14 @@ def test_gradients_and_curvature_equal_the_definition_in_float64(opts):
       direction = jax.tree.map(lambda x: jnp.cos(7 * x), args)
       return f(*args, clock), *jax.jvp(gradient, (args,), (direction,))
 
-    def reference(q, k, v, decay, clock):
-      segments = tropical_cases._segments(clock)
-      return tropical_tiles.reference_attention(q, k, v, decay, clock.position.T, segments, opts)
-
     def error(x, y):
       ratio = lambda a, b: float(jnp.max(jnp.abs(a - b)) / max(1e-300, jnp.max(jnp.abs(b))))
       return max(jax.tree.leaves(jax.tree.map(ratio, x, y)))
 
-    found = derivatives(functools.partial(kernel, opts=opts), args)
-    wanted = derivatives(reference, args)
-    assert error(found, wanted) < 1e-10
+    wanted = derivatives(functools.partial(definition, opts=opts), args)
+    for f in (kernel, tiles):
+      found = derivatives(functools.partial(f, opts=opts), args)
+      assert error(found, wanted) < 1e-10
     assert error(jax.tree.map(lambda x: 1.001 * x, found), wanted) > 1e-10
 
 

@@ -6,7 +6,8 @@ Arrays: q [B, K, R, T, D], k [B, K, S, D], v [B, K, S, E]; outputs [B, K, R, T, 
 import jax
 import jax.numpy as jnp
 
-from mgr_jax.algebra.tropical_matmul import largest, tmm
+from mgr_jax.algebra.tropical_matmul import largest, tmm, tmm_argmax
+from mgr_jax.attention import tropical_winners
 from mgr_jax.attention.tiles import (
   join_tiles,
   pad_to,
@@ -25,7 +26,7 @@ def scores(q, k, opts: Options):
   """a_ts [B, K, R, T, S] before decay: Σ_g max_{r in g}(q_r + k_r), -d_H(q, k), or <q, k>/√D."""
   B, K, R, T, D = q.shape
   if opts.score == "dot":
-    return D**-0.5 * jnp.einsum("bkrtd,bksd->bkrts", q, k)
+    return tropical_winners.products(q, k)
   rows, columns = q.reshape(B, K, R * T, D), k.swapaxes(2, 3)
   if opts.score == "hilbert":
     a = -(tmm(rows, -columns) + tmm(-rows, columns))
@@ -35,13 +36,10 @@ def scores(q, k, opts: Options):
   return a.reshape(B, K, R, T, -1)
 
 
-def combine(a, v, opts: Options):
-  """max_s (a_ts + v_sd), or the value of argmax_s a_ts; a masked with -inf."""
+def best(a, v):
+  """max_s (a_ts + v_sd) and the winning s, the lowest at ties; a masked with -inf."""
   B, K, R, T, S = a.shape
-  if opts.agg == "route":
-    winner = jnp.argmax(a, -1).reshape(B, K, R * T)
-    return jnp.take_along_axis(v, winner[..., None], 2).reshape(B, K, R, T, -1)
-  return tmm(a.reshape(B, K, R * T, S), v).reshape(B, K, R, T, -1)
+  return tuple(x.reshape(B, K, R, T, -1) for x in tmm_argmax(a.reshape(B, K, R * T, S), v))
 
 
 def penalty(decay_K, q_position, k_position):
@@ -51,35 +49,48 @@ def penalty(decay_K, q_position, k_position):
 
 
 def tile_output(q, k, v, decay_K, q_position, k_position, mask, opts: Options):
-  """Attention of a few queries over given keys."""
-  a = scores(q, k, opts) - penalty(decay_K, q_position, k_position)
-  return combine(jnp.where(mask, a, -jnp.inf), v, opts)
+  """Attention of a few queries over given keys: what `opts.agg` makes of the winners. Not for training."""
+  a = jnp.where(mask, scores(q, k, opts) - penalty(decay_K, q_position, k_position), -jnp.inf)
+  if opts.agg == "maxplus":
+    return best(a, v)[0]
+  return tropical_winners.take(v, jnp.broadcast_to(jnp.argmax(a, -1)[..., None], (*a.shape[:-1], v.shape[-1])))
 
 
 def tiled_attention(q, k, v, decay_K, position_BT, segment_ids_BT, opts: Options):
-  """Causal attention over a whole sequence; memory O(T). Tiles are recomputed in the backward pass.
+  """Causal attention over a whole sequence; memory O(T), see `tropical_winners.attention`.
 
-  Inside a tile the gradient follows the winners (see `tmm`).
+  Args:
+    position_BT: of tokens in their documents; they follow one another, so that t - s counts tokens.
   """
+
+  def search(q, k, v, decay_K, where, track):
+    return _search(q, k, v, decay_K, *where, opts, track)
+
+  return tropical_winners.attention(search, q, k, v, decay_K, (position_BT, segment_ids_BT), opts)
+
+
+def _search(q, k, v, decay_K, position, segment_ids, opts, track):
   T = q.shape[3]
   length = padded_length(T)
   q, k, v = pad_to(q, length, 3), pad_to(k, length, 2), pad_to(v, length, 2)
-  position = pad_to(position_BT, length, 1)
-  if segment_ids_BT is not None:
-    segment_ids_BT = pad_to(segment_ids_BT, length, 1, value=-1)
+  position = pad_to(position, length, 1)
+  if segment_ids is not None:
+    segment_ids = pad_to(segment_ids, length, 1, value=-1)
   outs = []
   for span in spans(length):
-    keys, values = k[:, :, span.k_start : span.stop], v[:, :, span.k_start : span.stop]
-    k_position = position[:, span.k_start : span.stop]
+    keys, values = k[:, :, : span.stop], v[:, :, : span.stop]
+    k_position = position[:, : span.stop]
 
     def tile(_, xs, span=span, keys=keys, values=values, k_position=k_position):
       i, q_tile, q_position = xs
-      mask = tile_mask(span, i, segment_ids_BT)
-      return None, tile_output(q_tile, keys, values, decay_K, q_position, k_position, mask, opts)
+      a = scores(q_tile, keys, opts) - penalty(decay_K, q_position, k_position)
+      y, winner = best(jnp.where(tile_mask(span, i, segment_ids), a, -jnp.inf), values)
+      return None, (y, winner) if track else (y,)
 
     xs = tile_numbers(span, q), split_tiles(q, span, 3), split_tiles(position, span, 1)
-    outs.append(join_tiles(jax.lax.scan(jax.checkpoint(tile, prevent_cse=False), None, xs)[1], 3))
-  return jnp.concatenate(outs, 3)[:, :, :, :T]
+    outs.append([join_tiles(x, 3) for x in jax.lax.scan(tile, None, xs)[1]])
+  y, *winner = (jnp.concatenate(x, 3)[:, :, :, :T] for x in zip(*outs, strict=True))
+  return y, winner[0] if track else None
 
 
 def reference_attention(q, k, v, decay_K, position_BT, segment_ids_BT, opts: Options, beta=None):

@@ -15,7 +15,6 @@ heads per tile, float32:
 - device memory: R·T·(D + E) numbers of queries and outputs, with as many indices as outputs for the gradient. Every
   tile reads the keys and values up to its diagonal, R·T²/(2·N)·(D + E) numbers in all, on GPUs mostly from cache: the
   past of one head is 4·T·(D + E) bytes;
-- saved for the gradient: one int32 per output, beside queries, keys and values;
 - the gradient itself: R·T·E·D pairs behind as many gathers, without a loop over pairs of tokens (`tropical_winners`);
   for dot products tiles of scores as in `tropical_tiles`.
 
@@ -35,7 +34,7 @@ from jax.experimental import pallas as pl
 
 from mgr_jax.attention.tropical_options import Options
 from mgr_jax.attention.tropical_pallas import Target, target
-from mgr_jax.attention.tropical_winners import at_winners, take
+from mgr_jax.attention.tropical_winners import attention
 
 
 class Tile(NamedTuple):
@@ -59,53 +58,19 @@ def tiled_attention(
     tile: its sizes; those that fit the target when not given.
 
   Returns:
-    [B, K, R, T, E]. Gradients and their derivatives follow the winning key, the earliest at ties, and in a maximum of
-    the score its winning coordinate, the lowest at ties. With agg=route the score has no gradient.
+    [B, K, R, T, E], with the gradient of `tropical_winners.attention`.
 
   Raises:
     ValueError: the backend has no kernels.
   """
   where = where or target(jax.default_backend())
+
+  def search(q, k, v, decay_K, first, track):
+    return _run(q, k, v, decay_K, first, opts, where, tile, track)
+
   index = jnp.arange(starts_BT.shape[1], dtype=jnp.int32)
   first = jax.lax.cummax(jnp.where(starts_BT, index, 0), axis=1)
-  if opts.agg == "maxplus":
-    return _attention(q, k, v, decay_K, first, opts, where, tile)
-  # The winner of a column of zeros is that of the score.
-  q, k, zeros, decay_K = jax.lax.stop_gradient((q, k, jnp.zeros_like(v[..., :1]), decay_K))
-  winner = _run(q, k, zeros, decay_K, first, opts, where, tile, track=True)[1]
-  return take(v, jnp.broadcast_to(winner, (*winner.shape[:-1], v.shape[-1])))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, decay_K, first, opts, where, tile):
-  return _run(q, k, v, decay_K, first, opts, where, tile, track=False)[0]
-
-
-def _fwd_rule(q, k, v, decay_K, first, opts, where, tile):
-  y, winner = _winners(q, k, v, decay_K, first, opts, where, tile)
-  return y, (q, k, v, decay_K, winner)
-
-
-def _bwd_rule(opts, where, tile, saved, g):
-  del where, tile
-  *inputs, winner = saved
-  return (*jax.vjp(lambda *x: at_winners(*x, winner, opts), *inputs)[1](g), None)
-
-
-_attention.defvjp(_fwd_rule, _bwd_rule)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
-def _winners(q, k, v, decay_K, first, opts, where, tile):
-  """(y, s*), differentiable forwards: curvature products take the derivative of a gradient that way."""
-  return _run(q, k, v, decay_K, first, opts, where, tile, track=True)
-
-
-@_winners.defjvp
-def _winners_jvp(opts, where, tile, primals, tangents):
-  y, winner = _winners(*primals, opts, where, tile)
-  dy = jax.jvp(lambda *x: at_winners(*x, winner, opts), primals[:4], tangents[:4])[1]
-  return (y, winner), (dy, np.zeros(winner.shape, jax.dtypes.float0))
+  return attention(search, q, k, v, decay_K, first, opts)
 
 
 class _Size(NamedTuple):
