@@ -1,6 +1,5 @@
 """Checkpoints: exactness, pruning, what is refused and how it is said, and survival of kill -9."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -21,14 +20,10 @@ import pytest
 
 from mgr_jax.config import GPTConfig
 from mgr_jax.data import tokenizer as tokenizers
-from mgr_jax.model import gpt
-from mgr_jax.params import is_spec
 from mgr_jax.problems import UserError
 from mgr_jax.step import TrainState
-from train import flags
 from train.checkpoint import Checkpoints
-from train.identity import MAY_DIFFER, compare_meta, make_meta, tree_problems
-from train.runs import find_run, load_run
+from train.identity import make_meta
 
 CFG = GPTConfig(vocab_size=265, seq_len=8, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
 FLAGS = {"n_layer": 2, "matrix_lr": 0.003, "max_steps": 100, "n_kv_head": 0, "doc_mask": False}
@@ -340,154 +335,3 @@ def test_the_tree_must_match(two_steps):
   assert "config.cfg" in message
   narrow = state.replace(tokens_seen=jnp.zeros((2,), jnp.int32))
   assert "changed state/tokens_seen: uint32[2] -> int32[2]" in refusal(two_steps.restore, abstract(narrow))
-
-
-def test_only_twenty_leaves_are_listed():
-  saved = {f"params/{i}": "float32[1]" for i in range(30)}
-  (problem,) = tree_problems(saved, {}, "here")
-  assert problem.error.count("unexpected") == 20
-  assert "and 10 more" in problem.error
-  assert tree_problems(saved, dict(saved), "here") == []
-
-
-# Refusals: what the run was
-
-
-def test_equal_runs_have_no_problem_and_json_changes_nothing():
-  saved = json.loads(json.dumps(meta_of(sample_prompt=("a",))))
-  assert compare_meta(saved, meta_of(sample_prompt=("a",))) == []
-  moved = meta_of() | {"packages": {}, "device_count": 8, "backend": "tpu", "lineage": ["x"]}
-  assert compare_meta(saved, moved | {"flags": saved["flags"]}) == []
-
-
-def test_every_changed_setting_is_listed():
-  now = meta_of(dataclasses.replace(CFG, n_layer=3, n_embd=32), n_layer=3, matrix_lr=0.01, doc_mask=True, rank=8)
-  (problem,) = compare_meta(meta_of(), now)
-  for line in ("n_layer: 2 -> 3", "n_embd: 16 -> 32", "matrix_lr: 0.003 -> 0.01", "rank: absent -> 8"):
-    assert f"\n    {line}" in problem.error
-  assert problem.error.count("n_layer") == 1
-  for part in ("--n_layer=2", "--matrix_lr=0.003", "--resume_strict=false"):
-    assert part in problem.fix
-  assert compare_meta(meta_of(), now, strict=False) == []
-
-
-def test_two_ways_to_say_the_same_are_no_difference():
-  assert compare_meta(meta_of(n_kv_head=0), meta_of(n_kv_head=2)) == []
-
-
-@pytest.mark.parametrize("name", sorted(MAY_DIFFER))
-def test_settings_that_may_differ(name):
-  assert compare_meta(meta_of(**{name: 1}), meta_of(**{name: 2})) == []
-
-
-def test_no_setting_of_optimizer_or_schedule_may_differ():
-  parts = {name: field.metadata["part"] for name, field in flags.FIELDS.items()}
-  assert [name for name in MAY_DIFFER if parts.get(name)] == []
-  assert "optimizer" in parts.values()
-
-
-@pytest.mark.parametrize(
-  ("key", "now", "parts"),
-  [
-    ("tokenizer_sha256", "e" * 64, ("the tokenizer", make_tokenizer().sha256, "e" * 64, "--tokenizer")),
-    ("data_sha256", "f" * 64, ("the data", "d" * 64, "f" * 64, "--data")),
-    ("data_shards", 4, ("from 1 data shards, now there are 4", "--data_shards=1")),
-  ],
-)
-def test_another_tokenizer_data_or_number_of_shards(key, now, parts):
-  (problem,) = compare_meta(meta_of(), meta_of() | {key: now})
-  for part in (*parts, "--resume_strict=false"):
-    assert part in str(problem)
-  assert compare_meta(meta_of(), meta_of() | {key: now}, strict=False) == []
-
-
-def test_lineage_is_the_line_of_runs():
-  meta = make_meta(CFG, {}, tokenizer_sha256="", data_sha256="", run_id="b", lineage=("a",))
-  assert meta["lineage"] == ["a", "b"]
-  assert {"jax", "orbax-checkpoint", "python"} <= set(meta["packages"])
-
-
-# Runs
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  """Runs `good` with steps 1 and 2, and `empty` without a checkpoint."""
-  workdir = tmp_path_factory.mktemp("artifacts")
-  checkpoints = Checkpoints(workdir / "good" / "checkpoints")
-  for step in (1, 2):
-    checkpoints.save(step, make_state(step, model_params(step)), DATA, meta_of())
-  checkpoints.close()
-  tokenizers.save(make_tokenizer(), workdir / "good" / "tokenizer.json")
-  (workdir / "empty" / "checkpoints").mkdir(parents=True)
-  return workdir
-
-
-def model_params(step: int):
-  rng = np.random.default_rng(step)
-  return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), gpt.specs(CFG), is_leaf=is_spec)
-
-
-def test_load_run_needs_the_directory_alone(workdir):
-  run = load_run("good", workdir)
-  assert (run.cfg, run.step, run.meta["lineage"]) == (CFG, 2, ["first"])
-  assert same(run.params, jax.tree.map(jnp.asarray, model_params(2)))
-  assert run.tokenizer.sha256 == make_tokenizer().sha256
-  assert load_run("good@1", workdir).step == 1
-  assert same(load_run(workdir / "good").params, run.params)
-  assert same(load_run(f"{workdir / 'good'}@1").params, jax.tree.map(jnp.asarray, model_params(1)))
-
-
-def test_find_run(workdir):
-  assert find_run("good@2", workdir) == (workdir / "good", 2)
-  assert find_run(workdir / "good", "elsewhere") == (workdir / "good", None)
-  message = refusal(find_run, "god", workdir)
-  for part in ("no run 'god'", "did you mean good?", "empty", str(workdir)):
-    assert part in message
-  assert "'good@last'" in refusal(find_run, "good@last", workdir)
-  assert "train one first" in refusal(find_run, "good", workdir / "nowhere")
-
-
-def test_a_run_without_checkpoint_or_step(workdir):
-  assert "no finished checkpoint" in refusal(load_run, "empty", workdir)
-  assert "use one of 1, 2" in refusal(load_run, "good@3", workdir)
-
-
-@pytest.fixture
-def copy(workdir, tmp_path):
-  shutil.copytree(workdir / "good", tmp_path / "copy")
-  return tmp_path / "copy"
-
-
-def test_the_tokenizer_must_be_the_one_trained_with(copy):
-  other = tokenizers.train_bpe(["to be or not to be"] * 4, 300)
-  tokenizers.save(other, copy / "tokenizer.json")
-  message = refusal(load_run, copy)
-  for part in (other.sha256, make_tokenizer().sha256, str(other.vocab_size), "265 ids"):
-    assert part in message
-  (copy / "tokenizer.json").unlink()
-  message = refusal(load_run, copy)
-  assert "has no tokenizer.json" in message
-  assert make_tokenizer().sha256 in message
-
-
-def test_a_tokenizer_larger_than_the_model_does_not_fit(tmp_path):
-  cfg = dataclasses.replace(CFG, vocab_size=64)
-  checkpoints = Checkpoints(tmp_path / "checkpoints")
-  checkpoints.save(1, make_state(1), DATA, meta_of(cfg))
-  checkpoints.close()
-  tokenizers.save(make_tokenizer(), tmp_path / "tokenizer.json")
-  message = refusal(load_run, tmp_path)
-  assert "ids up to 264" in message
-  assert "ids up to 63" in message
-
-
-def test_a_model_of_another_version(tmp_path):
-  meta = meta_of()
-  meta["model"]["moon_phase"] = 3
-  checkpoints = Checkpoints(tmp_path / "checkpoints")
-  checkpoints.save(1, make_state(1), DATA, meta)
-  checkpoints.close()
-  message = refusal(load_run, tmp_path)
-  assert "moon_phase" in message
-  assert "the version that trained it" in message

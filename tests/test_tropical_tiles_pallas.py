@@ -15,7 +15,7 @@ from mgr_jax.attention.tropical_pallas import Target, target
 from mgr_jax.attention.tropical_tiles_pallas import Tile
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
-from tests.test_tropical_pallas import lowered
+from tests.test_tropical_pallas import derivatives, error, lowered
 
 SLOPES = np.float32([0.0, 0.125])
 # As for Triton: pieces of powers of two, 8 of 38 queries at a time. As for Mosaic: 16 of them, 8 of 19 keys at a time.
@@ -93,20 +93,9 @@ def test_gradients_and_curvature_equal_the_definition_in_float64(opts):
     args = (*tropical_cases._batch_first(*draw), np.array([0.05, 0.2]))
     clock = tropical_cases.clock(T, cut=30)
     weight = np.random.default_rng(1).normal(size=args[0].shape)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def derivatives(f, args):
-      gradient = jax.grad(lambda args: jnp.sum(weight * jnp.sin(f(*args, clock))))
-      direction = jax.tree.map(lambda x: jnp.cos(7 * x), args)
-      return f(*args, clock), *jax.jvp(gradient, (args,), (direction,))
-
-    def error(x, y):
-      ratio = lambda a, b: float(jnp.max(jnp.abs(a - b)) / max(1e-300, jnp.max(jnp.abs(b))))
-      return max(jax.tree.leaves(jax.tree.map(ratio, x, y)))
-
-    wanted = derivatives(functools.partial(definition, opts=opts), args)
+    wanted = derivatives(functools.partial(definition, opts=opts), args, clock, weight)
     for f in (kernel, tiles):
-      found = derivatives(functools.partial(f, opts=opts), args)
+      found = derivatives(functools.partial(f, opts=opts), args, clock, weight)
       assert error(found, wanted) < 1e-10
     assert error(jax.tree.map(lambda x: 1.001 * x, found), wanted) > 1e-10
 
