@@ -28,7 +28,6 @@ QUICK_CASES = {
   "test_a_layer_starts_as_the_identity_and_learns": 1,
   "test_a_model_trains_with_it": 1,
   "test_a_restored_run_goes_on_bit_for_bit": 2,
-  "test_a_signal_saves_and_the_same_command_goes_on_bitwise": 1,
   "test_a_stack_of_three_mechanisms_is_recovered_and_has_the_gradient_of_autodiff": 0,
   "test_blocks_equal_the_states_of_all_tokens": 1,
   "test_blocks_of_three_and_six_equal_the_reference": 1,

@@ -162,23 +162,31 @@ def test_a_run_from_start_to_end(settings, capsys):
   assert "step 40/40" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on_bitwise(settings, number, monkeypatch, capsys):
-  whole = dataclasses.replace(settings, run_id="whole", val_every=4, val_tokens=256)
+@pytest.mark.parametrize(
+  ("number", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 4)], ids=["between", "where all is due"]
+)
+def test_a_signal_saves_and_the_same_command_goes_on_bitwise(settings, number, step, monkeypatch, capsys):
+  often = {"val_every": 4, "val_tokens": 256, "sample_every": 4, "ckpt_every": 4}
+  whole = dataclasses.replace(settings, run_id="whole", **often)
   assert loop.run(whole).exit_code == 0
   cut = dataclasses.replace(whole, run_id="cut")
   handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-  with after_step(monkeypatch, 5, lambda: os.kill(os.getpid(), number)):
+  with after_step(monkeypatch, step, lambda: os.kill(os.getpid(), number)):
     result = loop.run(cut)
   assert (result.status, result.exit_code) == ("interrupted", 130)
-  assert result.summary["results"]["steps_done"] == 5 and list(losses(cut)) == [1, 2, 3, 4, 5]
+  assert result.summary["results"]["steps_done"] == step and list(losses(cut)) == list(range(1, step + 1))
   assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
 
   result = loop.run(cut)
-  assert result.exit_code == 0 and "resumes at step 5" in capsys.readouterr().out
+  assert result.exit_code == 0 and f"resumes at step {step}" in capsys.readouterr().out
   assert losses(cut) == losses(whole)
   validations = [[(r["step"], r["val_bpb"]) for r in records(s) if "val_bpb" in r] for s in (cut, whole)]
   assert validations[0] == validations[1] and [s for s, _ in validations[0]] == [0, 4, 8, 9]
+  samples, saved = (
+    [[r for r in records(s) if r.get("event") == e] for s in (cut, whole)] for e in ("sample", "checkpoint")
+  )
+  assert samples[0] == samples[1] and {r["step"] for r in samples[0]} == {4, 8, 9}
+  assert [r["step"] for r in saved[0]] == sorted({4, step, 8, 9}) and [r["step"] for r in saved[1]] == [4, 8, 9]
   assert result.summary["results"]["loss_first"] == losses(whole)[1]
   assert result.summary["results"]["unigram_bpb"] is not None
 

@@ -258,11 +258,11 @@ class Trainer:
         gc.freeze()  # what exists now lives as long as the run: the collector need not look at it again
       if self.step == self.plan.steps:
         break
-      status = self._asked_to_stop(stop)
-      if status:
-        return status
       due = lambda every: every > 0 and self.step % every == 0
       self._boundary(due(s.val_every), due(s.sample_every), due(s.ckpt_every))
+      status = self._asked_to_stop(stop)  # after what is due here, which a resumed run would not catch up on
+      if status:
+        return status
     return "finished"
 
   def _asked_to_stop(self, stop: StopSignals) -> str:
@@ -403,7 +403,8 @@ class Trainer:
     data_state = [state for states in distributed.gather_json(self.batches.get_state()) for state in states]
     self.checkpoints.save(self.step, self.state, data_state, meta, metrics)
     self._note_failed_checkpoints()
-    self.journal.event("checkpoint", self.step)
+    if not self.journal.events("checkpoint", self.step):  # a run that stops where one was due asks for it twice
+      self.journal.event("checkpoint", self.step)
 
   def _note_failed_checkpoints(self) -> None:
     while self.checkpoints.failures:
