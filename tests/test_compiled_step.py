@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mgr_jax.attention import attention_names, standard, tiles, tropical_scan
+from mgr_jax.algebra import tropical_matmul
+from mgr_jax.attention import attention_names, standard, tiles, tropical_margins, tropical_scan
 from mgr_jax.attention.mechanism import Context
 from mgr_jax.config import GPTConfig
 from mgr_jax.model import gpt
@@ -120,9 +121,10 @@ def _is_copy(equation):
   return whole and size(result) >= HEADS * size(source) and jnp.issubdtype(source.aval.dtype, jnp.inexact)
 
 
-@pytest.mark.parametrize(
-  "attention", [*attention_names(), "tropical(impl=pallas)", "tropical(impl=pallas,score=hilbert)"]
-)
+TROPICAL = ("score=hilbert", "score=dot,agg=route", "margins=true", "impl=pallas", "impl=pallas,score=hilbert")
+
+
+@pytest.mark.parametrize("attention", [*attention_names(), *(f"tropical({options})" for options in TROPICAL)])
 def test_a_step_holds_nothing_it_need_not_and_never_asks_the_host(attention):
   jaxpr = program(attention)
   assert not squares(jaxpr)
@@ -164,9 +166,9 @@ def test_calls_to_the_host_are_found():
   assert len(host_calls(jax.make_jaxpr(jax.jit(noisy))(jnp.zeros(3)).jaxpr)) == 2
 
 
-@pytest.mark.parametrize("attention", ["standard", "tropical"])
+@pytest.mark.parametrize("attention", ["standard", "tropical", "tropical(score=hilbert)", "tropical(margins=true)"])
 def test_masks_and_indices_computed_ahead_are_found(attention, monkeypatch):
-  for module in (tiles, tropical_scan):
+  for module in (tiles, tropical_matmul, tropical_scan, tropical_margins):
     monkeypatch.setattr(module, "tied", lambda numbers, data: numbers)
   assert computed_ahead(program.__wrapped__(attention))
 

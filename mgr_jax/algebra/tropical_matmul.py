@@ -4,6 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mgr_jax.loops import tied
 
 BLOCK = 32  # Terms per fused pass: the pass reads and writes the running maximum once.
 
@@ -35,7 +38,7 @@ def tmm_argmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     def block(running, xs):
       return _terms(*xs, running), None
 
-    xs = _blocks(a, whole, -1), _blocks(b, whole, -2), jnp.arange(0, whole, BLOCK, dtype=jnp.int32)
+    xs = _blocks(a, whole, -1), _blocks(b, whole, -2), tied(np.arange(0, whole, BLOCK, dtype=np.int32), a)
     running = jax.lax.scan(block, running, xs)[0]
   return _terms(a[..., whole:], b[..., whole:, :], whole, running)
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgr_jax.loops import tied
+
 TILE = 64
 MAX_SPANS = 8
 
@@ -78,16 +80,6 @@ def segment_axes(q_segment_Bt, k_segment_BS):
 def tile_numbers(span: Span, data: jax.Array) -> jax.Array:
   """0 .. n-1 for the tiles of a span, to scan over, `tied` to what the tiles hold."""
   return tied(np.arange((span.stop - span.q_start) // TILE, dtype=np.int32), data)
-
-
-def tied(numbers, data: jax.Array) -> jax.Array:
-  """`numbers`, int32, as if they depended on `data`: plus the sum of none of its entries, which costs nothing.
-
-  Differentiating a scan over layers moves out of it, and out of the loops inside, what depends on no layer. Masks and
-  indices made from plain numbers would then be in memory for all tiles at once, T×T for every head.
-  """
-  none = jax.lax.slice(data, (0,) * data.ndim, (0,) * data.ndim)
-  return numbers + jnp.sum(none).astype(jnp.int32)
 
 
 def tile_mask(span: Span, i: jax.Array, segment_ids_BT=None, window: int = 0, strict: bool = False) -> jax.Array:

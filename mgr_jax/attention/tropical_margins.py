@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mgr_jax.attention.tropical_scan import Clock, outer_sum, shifted
+from mgr_jax.loops import tied
 
 
 class Winners(NamedTuple):
@@ -45,7 +47,7 @@ def winners_and_margins(q, k, v, decay_K, clock: Clock, rebase: int) -> Winners:
     return (best, owner, second), Winners(winner[..., 0, :], margin)
 
   start = first, jnp.zeros(shape, jnp.int32), first
-  return jax.lax.scan(token, start, (jnp.arange(k.shape[0], dtype=jnp.int32), q, k, v, loss))[1]
+  return jax.lax.scan(token, start, (tied(np.arange(k.shape[0], dtype=np.int32), k), q, k, v, loss))[1]
 
 
 def coverage(margin, head_dim: int, position=None, beta=None):

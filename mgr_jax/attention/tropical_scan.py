@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgr_jax.algebra.tropical_matmul import scatter_add
-from mgr_jax.attention.tiles import tied
+from mgr_jax.loops import tied
 
 
 class Clock(NamedTuple):

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgr_jax.attention.tiles import join_tiles, pad_to, padded_length, spans, split_tiles, tied
+from mgr_jax.attention.tiles import join_tiles, pad_to, padded_length, spans, split_tiles
 from mgr_jax.attention.tropical_options import Options
+from mgr_jax.loops import tied
 
 Search = Callable[..., tuple[jax.Array, jax.Array | None]]
 """`(q, k, v, decay_K, where, track) -> (y, s)`: maxima over the keys that `where`, arrays of integers, lets be seen.
